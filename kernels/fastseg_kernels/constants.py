@@ -1,0 +1,64 @@
+"""Sizes and codes that every backend shares, each with its reason."""
+
+from __future__ import annotations
+
+MAX_DIMS = 6
+"""Spatial axes that a kernel walks after neighbouring axes were merged. Merging leaves more than
+three only for views that were sliced along several axes; past six the caller copies."""
+
+DTYPE_CODES = {
+    name: code
+    for code, name in enumerate(
+        ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
+        + ("float16", "bfloat16", "float32", "float64")
+    )
+}
+"""How a kernel is told the element type of an operand at run time."""
+
+FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+ITEM_SIZES = {
+    "bool": 1, "uint8": 1, "int8": 1, "uint16": 2, "int16": 2, "uint32": 4, "int32": 4,
+    "uint64": 8, "int64": 8, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8,
+}  # fmt: skip
+
+# How the elements of ``targets`` become targets.
+TARGETS_AS_STORED = 0  # 0 and 1 are the classes (or [0, 1] for soft targets)
+TARGETS_NONZERO = 1  # every label but 0 is the foreground
+TARGETS_EQUAL = 2  # one label is the foreground
+
+# Column groups ("families") of the statistics. A loss names what it needs and nobody pays for more.
+BASE_COLUMNS = ("voxels", "count", "invalid", "targets_sum")
+FAMILY_COLUMNS = {
+    "overlap": ("false_negative_sum", "false_positive_sum"),
+    "bce": ("bce_sum",),
+    "bce_split": ("bce_pos_sum", "bce_neg_sum"),
+    "hard": ("hard_true_positives", "hard_false_positives", "hard_false_negatives", "undefined"),
+}
+
+
+def columns(families: frozenset[str]) -> tuple[str, ...]:
+    """Return the names of the columns that ``families`` need, in the order they are stored."""
+    names = list(BASE_COLUMNS)
+    for family, members in FAMILY_COLUMNS.items():
+        if family in families:
+            names.extend(members)
+    return tuple(names)
+
+
+# One row of the table of terms. With P = targets_sum, F = false_negative_sum and G =
+# false_positive_sum, a region term's score is 1 - r,
+#   r = (num_f F + num_g G + num_0) / max(den_p P + den_f F + den_g G + den_0, eps),
+# so that the loss is formed from the errors alone and nothing cancels when they are small.
+TERM_FIELDS = (
+    "kind", "weight", "num_f", "num_g", "num_0", "den_p", "den_f", "den_g", "den_0", "eps",
+    "link", "gamma", "batch", "empty", "pos_weight", "normalize",
+)  # fmt: skip
+KIND_BCE, KIND_REGION = 0, 1
+LINKS = ("one_minus", "negative", "log", "power")
+EMPTY = ("formula", "one", "zero", "skip")
+NORMALIZE = ("sum", "valid", "all")
+REDUCTIONS = ("none", "mean", "sum")
+
+COEFFICIENTS = 4
+"""Per row, what the gradient kernel needs (``cpu/points.py`` has the formula): dL/dq of the region
+terms on the foreground and off it, and the weight of the BCE on the foreground and off it."""

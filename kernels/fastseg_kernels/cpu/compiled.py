@@ -1,0 +1,166 @@
+"""Compilation: what is compiled when, and the cache on disk that makes it happen once.
+
+Numba's own ``cache=True`` watches the one file that holds the function and would go on running the
+machine code of yesterday's helper from another file. Here the name of a cache file is a digest of
+everything that the machine code depends on (all sources of this backend, the versions of Numba,
+llvmlite and Python, the CPU's name and features, the kernel's name and signature), so a stale file
+can never be found. One file holds one kernel and is renamed into place whole, so any number of
+processes may start at once on one directory, and a read-only directory only costs compilation.
+
+A cache file is machine code: whoever can write to the directory can run code as its readers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import pickle
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from numba import njit, types
+from numba.core import caching, compiler, serialize
+from numba.core.ccallback import CFunc
+
+LOG = logging.getLogger("fastseg.compile")
+KERNEL_SIGNATURE = types.void(types.int64, types.int64, types.int64)
+# Division must not test for zero (that alone keeps a loop from vectorising), and no flag of
+# fast-math is set anywhere: NaN must survive and the order of every sum is fixed.
+OPTIONS: dict[str, Any] = {"error_model": "numpy"}
+INLINED: dict[str, Any] = {"error_model": "numpy", "forceinline": True}
+_CHECKSUM_BYTES = 32
+_COMPILING = threading.RLock()
+
+
+def cache_directory() -> Path | None:
+    """Return where compiled kernels are kept: ``FASTSEG_CACHE_DIR`` or the user's cache directory.
+
+    ``FASTSEG_CACHE_DIR=""`` (set, but empty) turns the cache off: None is returned.
+    """
+    chosen = os.environ.get("FASTSEG_CACHE_DIR")
+    if chosen is not None:
+        return Path(chosen) if chosen else None
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "fastseg"
+
+
+@cache
+def source_digest() -> bytes:
+    """Digest every source of this backend, and what compiles it."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for path in sorted([*package.glob("*.py"), *package.parent.glob("*.py")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    versions = (numba.__version__, llvmlite.__version__, sys.version)
+    digest.update("\n".join(versions).encode())
+    return digest.digest()
+
+
+class DiskCache(caching._Cache):  # type: ignore[misc]
+    """What Numba asks of a cache, with one self-describing file per kernel."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.enabled = True
+
+    @property
+    def cache_path(self) -> str:
+        return str(cache_directory())
+
+    def enable(self) -> None:
+        self.enabled = True
+
+    def disable(self) -> None:
+        self.enabled = False
+
+    def flush(self) -> None:
+        raise NotImplementedError("remove the cache directory instead: see fastseg.show_config()")
+
+    def _path(self, signature: Any, target_context: Any) -> Path | None:
+        directory = cache_directory()
+        if directory is None or not self.enabled:
+            return None
+        key = hashlib.sha256(source_digest())
+        key.update(repr((self.name, signature, target_context.codegen().magic_tuple())).encode())
+        return directory / f"{self.name}-{key.hexdigest()[:32]}.bin"
+
+    def load_overload(self, signature: Any, target_context: Any) -> Any:
+        target_context.refresh()
+        path = self._path(signature, target_context)
+        try:
+            content = path.read_bytes() if path else b""
+        except OSError:
+            content = b""
+        if not content:
+            LOG.info("compiling %s", self.name)
+            return None
+        checksum, payload = content[:_CHECKSUM_BYTES], content[_CHECKSUM_BYTES:]
+        if hashlib.sha256(payload).digest() != checksum:  # a disk that was full, a copy cut short
+            LOG.warning("ignoring the damaged cache file %s", path)
+            return None
+        return compiler.CompileResult._rebuild(target_context, *pickle.loads(payload))
+
+    def save_overload(self, signature: Any, data: Any) -> None:
+        path = self._path(signature, data.target_context)
+        if path is None:
+            return
+        payload = serialize.dumps(data._reduce())
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(hashlib.sha256(payload).digest() + payload)
+                os.replace(temporary, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+                raise
+        except OSError as error:
+            LOG.info("not cached (%s): %s", error, path)
+
+
+class Kernel:
+    """A compiled kernel ``kernel(job, first, last)``: process the tasks [first, last) of a job.
+
+    ``job`` is the address of a record (each kernel's module defines its own). ``call`` runs on this
+    thread and lets other Python threads run meanwhile; ``address`` is what the parallel driver of
+    ``threads.py`` calls. All kernels having one signature, that driver is compiled once.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str) -> None:
+        self.name = name
+        signature = (KERNEL_SIGNATURE.args, KERNEL_SIGNATURE.return_type)
+        compiled = CFunc(function, signature, {}, OPTIONS)
+        compiled._cache = DiskCache(name)
+        with _COMPILING:
+            compiled.compile()
+        self.address: int = compiled.address
+        self.call: Callable[[int, int, int], None] = compiled.ctypes
+        self._keep_alive = compiled
+
+    def __repr__(self) -> str:
+        return f"Kernel({self.name!r})"
+
+
+def jit(name: str, signature: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Compile a function for one signature, through the cache; it never compiles for another."""
+
+    def compile_now(function: Callable[..., Any]) -> Any:
+        dispatcher = njit(**OPTIONS, **options)(function)
+        dispatcher._cache = DiskCache(name)
+        with _COMPILING:
+            dispatcher.compile(signature)
+        dispatcher.disable_compile()
+        return dispatcher
+
+    return compile_now

@@ -1,0 +1,147 @@
+"""exp and log as polynomials that the compiler can vectorise, for float32 and float64.
+
+LLVM as Numba ships it has no vector math library: ``math.exp`` in a loop is one scalar call per
+voxel. Everything here is straight-line code without a table, a branch or a call.
+
+The largest errors below are those of ``tests/test_elementary.py``, which compares with float64
+(float32) and with mpmath (float64).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from fastseg_kernels.cpu.compiled import INLINED
+from fastseg_kernels.cpu.intrinsics import bits_of, fma, from_bits
+
+
+class Real(NamedTuple):
+    """What the elementary functions must know of a floating-point type."""
+
+    scalar: Any
+    integer: Any
+    fraction_bits: int
+    exponent_bias: int
+    exp_limit: float  # exp(-a) is 0 beyond
+    exp_coefficients: tuple[float, ...]  # of r^2, r^3, ... in exp(r), |r| <= ln(2) / 2
+    atanh_terms: int  # of the series 2 (s + s^3/3 + s^5/5 + ...), |s| <= 0.172
+
+
+# Relative minimax fits, printed by tools/fit_exp.py. float64 uses the Taylor series: its terms
+# beyond r^13 are below 2^-57.
+FLOAT32 = Real(
+    np.float32, np.int32, 23, 127, 88.0,
+    (0.49999994, 0.16666521, 0.04166839, 0.008368717, 0.0013814599), 6,
+)  # fmt: skip
+FLOAT64 = Real(
+    np.float64, np.int64, 52, 1023, 709.0,
+    tuple(1.0 / math.factorial(k) for k in range(2, 14)), 12,
+)  # fmt: skip
+REALS = {"float32": FLOAT32, "float64": FLOAT64}
+
+
+def _horner(coefficients: tuple[Any, ...], inlined: dict[str, Any]) -> Any:
+    """Return a function of x for c0 + c1 x + c2 x^2 + ..., unrolled at compile time."""
+    last = coefficients[-1]
+
+    @njit(**inlined)  # type: ignore[untyped-decorator]
+    def innermost(x):  # type: ignore[no-untyped-def]
+        return last
+
+    def wrap(inner: Any, constant: Any) -> Any:
+        @njit(**inlined)  # type: ignore[untyped-decorator]
+        def outer(x):  # type: ignore[no-untyped-def]
+            return fma(inner(x), x, constant)
+
+        return outer
+
+    evaluate = innermost
+    for coefficient in reversed(coefficients[:-1]):
+        evaluate = wrap(evaluate, coefficient)
+    return evaluate
+
+
+def make_exp_negative(real: Real) -> Any:
+    """Return ``exp_negative(a) = exp(-a)`` for a >= 0.
+
+    Maximum error: see the table in tests/test_elementary.py; 0 beyond `Real.exp_limit`, NaN for
+    NaN.
+
+    exp(-a) = 2^n exp(r) with n = round(-a / ln 2) and r = -a - n ln 2 in two steps. n is rounded by
+    adding 1.5 * 2^fraction_bits, which leaves n + bias in the low bits: shifted into place they are
+    2^n, and 0 where 2^n would no longer be a normal number.
+    """
+    T, I = real.scalar, real.integer  # noqa: E741
+    log2_e = T(1 / math.log(2))
+    ln2_high = T(math.log(2))
+    # ln 2 to twice the precision; for float64 the remainder is beyond math.log.
+    ln2_low = T(math.log(2) - float(ln2_high)) if T is np.float32 else T(2.3190468138462996e-17)
+    rounder = T(1.5 * 2.0**real.fraction_bits + real.exponent_bias)
+    limit, one = T(real.exp_limit), T(1)
+    shift = I(real.fraction_bits)
+    polynomial = _horner(tuple(T(c) for c in real.exp_coefficients), INLINED)
+
+    @njit(**INLINED)  # type: ignore[untyped-decorator]
+    def exp_negative(a):  # type: ignore[no-untyped-def]
+        a = limit if limit < a else a  # in this order NaN stays
+        shifted = fma(a, -log2_e, rounder)
+        n = shifted - rounder
+        r = fma(n, -ln2_low, fma(n, -ln2_high, -a))
+        scale = from_bits(I(bits_of(shifted) << shift))
+        return (one + fma(polynomial(r), r * r, r)) * scale
+
+    return exp_negative
+
+
+def make_log1p(real: Real) -> Any:
+    """Return ``log1p(s) = log(1 + s)`` for s > -1; it keeps the relative accuracy of small s.
+
+    1 + s = 2^n (1 + f) with sqrt(1/2) <= 1 + f < sqrt(2), and log(1 + f) = 2 atanh(f / (2 + f)) by
+    its series. Where n = 0, f is s itself, unrounded.
+    """
+    T, I = real.scalar, real.integer  # noqa: E741
+    one, two, zero, ln2 = T(1), T(2), T(0), T(math.log(2))
+    shift = I(real.fraction_bits)
+    sqrt_half = I(np.array(math.sqrt(0.5), T).view(I))
+    series = _horner(tuple(T(2 / (2 * k + 1)) for k in range(real.atanh_terms)), INLINED)
+
+    @njit(**INLINED)  # type: ignore[untyped-decorator]
+    def log1p(s):  # type: ignore[no-untyped-def]
+        bits = bits_of(one + s)
+        n = I(I(bits - sqrt_half) >> shift)
+        f = s if n == 0 else from_bits(I(bits - I(n << shift))) - one
+        ratio = f / (two + f)
+        tail = fma(T(n), ln2, zero * s)  # zero * s: NaN stays NaN
+        return fma(ratio, series(ratio * ratio), tail)
+
+    return log1p
+
+
+def make_log(real: Real) -> Any:
+    """Return ``log(u)`` for u in [0, 1], -inf at 0, NaN for NaN; as `make_log1p` otherwise."""
+    T, I = real.scalar, real.integer  # noqa: E741
+    one, two, zero, ln2 = T(1), T(2), T(0), T(math.log(2))
+    shift = I(real.fraction_bits)
+    sqrt_half = I(np.array(math.sqrt(0.5), T).view(I))
+    smallest_normal = T(np.finfo(T).tiny)
+    lift, lifted_by = T(2.0 ** (real.fraction_bits + 1)), T(real.fraction_bits + 1)
+    minus_infinity = T(-np.inf)
+    series = _horner(tuple(T(2 / (2 * k + 1)) for k in range(real.atanh_terms)), INLINED)
+
+    @njit(**INLINED)  # type: ignore[untyped-decorator]
+    def log(u):  # type: ignore[no-untyped-def]
+        subnormal = u < smallest_normal
+        v = u * lift if subnormal else u
+        bits = bits_of(v)
+        n = I(I(bits - sqrt_half) >> shift)
+        f = from_bits(I(bits - I(n << shift))) - one
+        exponent = T(n) - lifted_by if subnormal else T(n)
+        ratio = f / (two + f)
+        value = fma(ratio, series(ratio * ratio), fma(exponent, ln2, zero * u))
+        return minus_infinity if u == zero else value
+
+    return log

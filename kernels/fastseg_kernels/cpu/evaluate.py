@@ -1,0 +1,227 @@
+"""From the sums to the value and the coefficients of the gradient: one table of terms.
+
+A loss is data here: a row per term (`constants.TERM_FIELDS`), weights and choice of classes. It
+costs the same few microseconds whatever the size of the volume.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import float64, int64, njit, types
+from numpy.typing import NDArray
+
+from fastseg_kernels.constants import COEFFICIENTS, EMPTY, KIND_BCE, LINKS, NORMALIZE, TERM_FIELDS
+from fastseg_kernels.cpu.compiled import OPTIONS, jit
+
+_F = {name: index for index, name in enumerate(TERM_FIELDS)}
+KIND, WEIGHT, EPS, LINK, GAMMA = (_F[n] for n in ("kind", "weight", "eps", "link", "gamma"))
+NUM_F, NUM_G, NUM_0 = (_F[n] for n in ("num_f", "num_g", "num_0"))
+DEN_P, DEN_F, DEN_G, DEN_0 = (_F[n] for n in ("den_p", "den_f", "den_g", "den_0"))
+BATCH, EMPTY_RULE = _F["batch"], _F["empty"]
+POS_WEIGHT, NORMALIZATION = _F["pos_weight"], _F["normalize"]
+NEGATIVE, LOG, POWER = LINKS.index("negative"), LINKS.index("log"), LINKS.index("power")
+FORMULA, ONE, SKIP = EMPTY.index("formula"), EMPTY.index("one"), EMPTY.index("skip")
+BY_VALID, BY_ALL = NORMALIZE.index("valid"), NORMALIZE.index("all")
+NONE, MEAN = 0, 1  # of constants.REDUCTIONS
+
+# The sums that terms are made of, in the order of the ``picked`` array.
+PICKED = (
+    "voxels", "count", "targets_sum", "false_negative_sum", "false_positive_sum",
+    "bce_sum", "bce_pos_sum", "bce_neg_sum",
+)  # fmt: skip
+VOXELS, COUNT, P, F, G, BCE_ALL, BCE_POS, BCE_NEG = range(len(PICKED))
+
+
+class Evaluation(NamedTuple):
+    """A loss evaluated: ``value`` (N, C) or (1, 1); ``terms`` one value per term and row."""
+
+    value: NDArray[np.float64]
+    terms: NDArray[np.float64]  # (T, N, C), or (T, 1, 1): before their weights
+    coefficients: NDArray[np.float64]  # (N, C, COEFFICIENTS)
+
+
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def region(term, sums):  # type: ignore[no-untyped-def]
+    """Return (value, d value/d F, d value/d G, kept) of one region term for one row of sums."""
+    if sums[COUNT] == 0.0:
+        return 0.0, 0.0, 0.0, False
+    rule = term[EMPTY_RULE]
+    empty = sums[P] == 0.0 and rule != FORMULA
+    if empty and rule == SKIP:
+        return 0.0, 0.0, 0.0, False
+    numerator = term[NUM_F] * sums[F] + term[NUM_G] * sums[G] + term[NUM_0]
+    denominator = (
+        term[DEN_P] * sums[P] + term[DEN_F] * sums[F] + term[DEN_G] * sums[G] + term[DEN_0]
+    )
+    clamped = denominator < term[EPS]
+    if clamped:
+        # score = n / eps stays a quotient of its own: r = 1 - n / eps, d r = -d n / eps.
+        numerator, denominator = term[EPS] - (denominator - numerator), term[EPS]
+    if empty:
+        r = 0.0 if rule == ONE else 1.0
+    else:
+        r = numerator / denominator
+    slope_f, slope_g = 0.0, 0.0
+    if not empty:
+        if clamped:
+            slope_f = (term[NUM_F] - term[DEN_F]) / denominator
+            slope_g = (term[NUM_G] - term[DEN_G]) / denominator
+        else:
+            slope_f = (term[NUM_F] - r * term[DEN_F]) / denominator
+            slope_g = (term[NUM_G] - r * term[DEN_G]) / denominator
+    link = term[LINK]
+    if link == NEGATIVE:
+        value, outer = r - 1.0, 1.0
+    elif link == LOG:
+        value, outer = -math.log1p(-r), 1.0 / (1.0 - r)
+        if clamped_score(r, term[EPS]):
+            value, outer = -math.log(term[EPS]), 0.0
+    elif link == POWER:
+        base = max(r, 0.0)
+        value = base ** term[GAMMA]
+        outer = term[GAMMA] * base ** (term[GAMMA] - 1.0) if base > 0.0 else 0.0
+        if r != r:
+            value, outer = r, r
+        elif base == 0.0 and term[GAMMA] == 1.0:
+            outer = 1.0
+    else:
+        value, outer = r, 1.0
+    return value, outer * slope_f, outer * slope_g, True
+
+
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def clamped_score(r, eps):  # type: ignore[no-untyped-def]
+    """Tell whether -log(score) is held at -log(eps), as peers do (only if an eps is given)."""
+    return eps > 0.0 and 1.0 - r < eps
+
+
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def add_region(term, sums, class_weights, reduction, scale, values, coefficients):  # type: ignore[no-untyped-def]
+    """Evaluate a region term; return its reduced value; fill ``values`` and add to coefficients."""
+    samples, classes = sums.shape[0], sums.shape[1]
+    groups = 1 if term[BATCH] != 0.0 else samples
+    row = np.zeros(sums.shape[2])
+    slopes = np.zeros((groups, classes, 2))
+    kept, total = 0, 0.0
+    for n in range(groups):
+        for c in range(classes):
+            if class_weights[c] != class_weights[c]:  # NaN: this class is not selected
+                continue
+            row[:] = sums[n, c]
+            if groups == 1:
+                for other in range(1, samples):
+                    row += sums[other, c]
+            value, slope_f, slope_g, keep = region(term, row)
+            if keep:
+                kept += 1
+                total += class_weights[c] * value
+                slopes[n, c, 0] = class_weights[c] * slope_f
+                slopes[n, c, 1] = class_weights[c] * slope_g
+                if reduction == NONE:
+                    values[n, c] = class_weights[c] * value
+    share = 1.0
+    if reduction == MEAN:
+        share = 1.0 / kept if kept > 0 else 0.0
+    for n in range(samples):
+        for c in range(classes):
+            k = 0 if groups == 1 else n
+            factor = term[WEIGHT] * share * scale[n, c]
+            if slopes[k, c, 0] != 0.0:
+                coefficients[n, c, 0] -= factor * slopes[k, c, 0]
+            if slopes[k, c, 1] != 0.0:
+                coefficients[n, c, 1] += factor * slopes[k, c, 1]
+    return total * share
+
+
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def add_bce(term, sums, class_weights, reduction, scale, values, coefficients):  # type: ignore[no-untyped-def]
+    """Evaluate a BCE term; return its reduced value; fill ``values`` and add to coefficients."""
+    samples, classes = sums.shape[0], sums.shape[1]
+    by = VOXELS if term[NORMALIZATION] == BY_ALL else COUNT
+    summed = term[NORMALIZATION] != BY_ALL and term[NORMALIZATION] != BY_VALID
+    pos_weight = term[POS_WEIGHT]
+    kept, voxels = 0, 0.0
+    for n in range(samples):
+        for c in range(classes):
+            if class_weights[c] == class_weights[c] and sums[n, c, COUNT] > 0.0:
+                kept += 1
+                voxels += sums[n, c, by]
+            elif class_weights[c] == class_weights[c] and by == VOXELS:
+                voxels += sums[n, c, by]
+    total = 0.0
+    for n in range(samples):
+        for c in range(classes):
+            row = sums[n, c]
+            if class_weights[c] != class_weights[c] or row[COUNT] == 0.0:
+                continue
+            if summed:
+                share = 1.0 / kept if reduction == MEAN else 1.0
+            else:
+                share = 1.0 / (voxels if reduction == MEAN else row[by])
+            value = row[BCE_ALL] + pos_weight * row[BCE_POS] + row[BCE_NEG]
+            factor = class_weights[c] * share
+            total += factor * value
+            if reduction == NONE:
+                values[n, c] = factor * value
+            factor *= term[WEIGHT] * scale[n, c]
+            coefficients[n, c, 2] += factor * pos_weight
+            coefficients[n, c, 3] += factor
+    return total
+
+
+@cache
+def _compiled() -> Any:
+    matrix, cube = float64[:, ::1], float64[:, :, ::1]
+    signature = types.void(matrix, matrix, cube, int64, matrix, matrix, cube, cube)
+
+    @jit("evaluate", signature)
+    def evaluate(terms, class_weights, sums, reduction, scale, value, by_term, coefficients):  # type: ignore[no-untyped-def]
+        for k in range(terms.shape[0]):
+            if terms[k, KIND] == KIND_BCE:
+                total = add_bce(
+                    terms[k], sums, class_weights[k], reduction, scale, by_term[k], coefficients
+                )
+            else:
+                total = add_region(
+                    terms[k], sums, class_weights[k], reduction, scale, by_term[k], coefficients
+                )
+            if reduction != NONE:
+                by_term[k, 0, 0] = total
+            value += terms[k, WEIGHT] * by_term[k]
+
+    return evaluate
+
+
+def evaluate(
+    terms: NDArray[np.float64],
+    class_weights: NDArray[np.float64],
+    sums: NDArray[np.float64],
+    reduction: int,
+    scale: NDArray[np.float64],
+) -> Evaluation:
+    """Evaluate a table of terms.
+
+    Parameters
+    ----------
+    terms
+        float64 (T, len(TERM_FIELDS)).
+    class_weights
+        float64 (T, C); NaN says that the term leaves the class out.
+    sums
+        float64 (N, C, len(PICKED)); columns that no term needs are 0.
+    reduction
+        Index into `constants.REDUCTIONS`.
+    scale
+        float64 (N, C), multiplied into the coefficients.
+    """
+    samples, classes = sums.shape[:2]
+    shape = (samples, classes) if reduction == NONE else (1, 1)
+    result = Evaluation(
+        np.zeros(shape), np.zeros((len(terms), *shape)), np.zeros((samples, classes, COEFFICIENTS))
+    )
+    _compiled()(terms, class_weights, sums, reduction, scale, *result)
+    return result

@@ -1,0 +1,141 @@
+"""The few operations that Numba's Python subset cannot say, as LLVM instructions.
+
+Each takes exactly the types that it names and nothing else: integer arithmetic in Numba widens
+int32 to int64 without a word, and a bit pattern of the wrong width must not compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core.errors import TypingError
+from numba.extending import intrinsic
+
+BITS_TYPE = {types.float32: types.int32, types.float64: types.int64}
+FLOAT_TYPE = {integer: real for real, integer in BITS_TYPE.items()}
+
+
+def _require(condition: bool, name: str, got: object) -> None:
+    if not condition:
+        raise TypingError(f"{name} got {got}")
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def fma(typing_context: Any, a: Any, b: Any, c: Any) -> tuple[Any, Callable[..., Any]]:
+    """``a * b + c``, rounded once (one instruction where the CPU has it)."""
+    _require(a in BITS_TYPE and a == b == c, "fma takes three floats of one type,", (a, b, c))
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fma(*args)
+
+    return a(a, a, a), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def bits_of(typing_context: Any, x: Any) -> tuple[Any, Callable[..., Any]]:
+    """Return the bits of a float as the signed integer of the same width."""
+    _require(x in BITS_TYPE, "bits_of takes float32 or float64,", x)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(signature.return_type))
+
+    return BITS_TYPE[x](x), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def from_bits(typing_context: Any, x: Any) -> tuple[Any, Callable[..., Any]]:
+    """Return the float whose bits are the signed integer ``x``: the inverse of `bits_of`."""
+    _require(x in FLOAT_TYPE, "from_bits takes int32 or int64,", x)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(signature.return_type))
+
+    return FLOAT_TYPE[x](x), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def pointer_to(typing_context: Any, address: Any, dtype: Any) -> tuple[Any, Callable[..., Any]]:
+    """Return ``address`` (an integer) as a pointer to elements of the NumPy type ``dtype``.
+
+    Indexing a pointer neither checks bounds nor wraps negative indices, which is what lets the
+    loops vectorise; every caller states why its indices are inside.
+    """
+    _require(isinstance(address, types.Integer), "pointer_to takes an integer address,", address)
+    element = dtype.dtype if isinstance(dtype, types.DType) else dtype.instance_type
+    pointer = types.CPointer(element)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return pointer(address, dtype), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def address_of(typing_context: Any, pointer: Any) -> tuple[Any, Callable[..., Any]]:
+    """Return a pointer as an integer: the inverse of `pointer_to`."""
+    _require(isinstance(pointer, types.CPointer), "address_of takes a pointer,", pointer)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ptrtoint(args[0], context.get_value_type(signature.return_type))
+
+    return types.int64(pointer), codegen
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def stack_array(typing_context: Any, length: Any, dtype: Any) -> tuple[Any, Callable[..., Any]]:
+    """Return a pointer to ``length`` elements on the stack, aligned to 64 bytes, not initialised.
+
+    LLVM knows that nothing else points there, so stores to it never keep a loop from vectorising.
+    """
+    _require(isinstance(length, types.IntegerLiteral), "stack_array takes a constant,", length)
+    count = length.literal_value
+    kind = dtype.dtype if isinstance(dtype, types.DType) else dtype.instance_type
+    pointer = types.CPointer(kind)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        element = context.get_data_type(kind)
+        with builder.goto_entry_block():
+            storage = builder.alloca(ir.ArrayType(element, count))
+            storage.align = 64
+        return builder.bitcast(storage, element.as_pointer())
+
+    return pointer(length, dtype), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def wide_vectors(typing_context: Any) -> tuple[Any, Callable[..., Any]]:
+    """Ask for 512-bit vectors in the calling function, where the CPU has them.
+
+    LLVM prefers 256 bits on these CPUs; in these loops 512 are 1.3 to 1.5 times as fast. The
+    attribute belongs to one function, so neither the environment nor other people's Numba code is
+    touched. Where llvmlite changes its attribute set, the loops fall back to what LLVM prefers.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        attributes = builder.function.attributes
+        if isinstance(attributes, set):  # llvmlite's own add() refuses what it does not list
+            set.add(attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def call_kernel(
+    typing_context: Any, address: Any, job: Any, first: Any, last: Any
+) -> tuple[Any, Callable[..., Any]]:
+    """Call the compiled kernel at ``address`` as ``void kernel(job, first, last)``."""
+    integers = all(isinstance(x, types.Integer) for x in (address, job, first, last))
+    _require(integers, "call_kernel takes four integers,", (address, job, first, last))
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(64)
+        kernel = ir.FunctionType(ir.VoidType(), [word, word, word])
+        function = builder.inttoptr(args[0], kernel.as_pointer())
+        builder.call(function, args[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), codegen

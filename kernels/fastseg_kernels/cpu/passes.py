@@ -1,0 +1,163 @@
+"""The two passes over a volume, as Python calls them: fill a job record and run it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastseg_kernels.constants import (
+    COEFFICIENTS,
+    FLOAT_DTYPES,
+    ITEM_SIZES,
+    TARGETS_AS_STORED,
+    columns,
+)
+from fastseg_kernels.cpu import threads
+from fastseg_kernels.cpu.operands import fill_operand
+from fastseg_kernels.cpu.overlap import block_length, gradient_kernel, statistics_kernel
+from fastseg_kernels.cpu.points import Variant
+from fastseg_kernels.cpu.stage import EXCLUDED_INPUT, JOB, load_kernel, store_kernel
+from fastseg_kernels.problem import Problem
+from fastseg_kernels.views import Geometry, View, merge_axes
+
+SHARED_FROM = 16384
+"""Voxels from which a second thread pays for itself: about 5 us of work, against 2 us to wake it."""
+
+
+class _Plan(NamedTuple):
+    """What of a call depends on shapes, strides and dtypes alone."""
+
+    job: NDArray[Any]  # one record, all but addresses and values filled in
+    variant: Variant
+    tasks: int
+    shape: tuple[int, ...]
+
+
+def compute_type(dtype: str) -> str:
+    """Return the type that logits of ``dtype`` are computed in."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def _layout(view: View | None) -> tuple[Any, ...] | None:
+    return None if view is None else (view.strides, view.dtype, view.swapped)
+
+
+def _is_run(geometry: Geometry, k: int, dtype: str, swapped: bool) -> bool:
+    """Tell whether operand ``k``'s rows are runs of memory in native byte order."""
+    one_run = len(geometry.sizes) == 1 and geometry.strides[k][0] == ITEM_SIZES[dtype]
+    return not swapped and (one_run or geometry.sizes == (1,))
+
+
+@lru_cache(maxsize=256)
+def _plan(
+    shape: tuple[int, ...],
+    layouts: tuple[tuple[Any, ...] | None, ...],  # logits, targets, mask, weights, out
+    activation: str,
+    target_mode: int,
+    has_ignore: bool,
+) -> _Plan:
+    logits, targets, mask, weights, out = layouts
+    assert logits is not None and targets is not None
+    present = [layout for layout in layouts if layout is not None]
+    geometry = merge_axes(shape[2:], tuple(layout[0][2:] for layout in present))
+    real = compute_type(logits[1])
+    labelled = targets[1] not in FLOAT_DTYPES or target_mode != TARGETS_AS_STORED
+    kind = "weighted" if weights is not None else ("binary" if labelled else "soft")
+
+    job = np.zeros(1, JOB)
+    record = job[0]
+    names = ("logits", "targets", "mask", "weights", "out")
+    used = [name for name, layout in zip(names, layouts, strict=True) if layout is not None]
+    for k, (name, layout) in enumerate(zip(used, present, strict=True)):
+        view = View(0, shape, layout[0], layout[1], layout[2], True, None)
+        fill_operand(record[name], view, geometry.strides[k])
+    voxels = prod(shape[2:])
+    interleaved = shape[1] > 1 and 0 < abs(logits[0][1]) < abs(geometry.strides[0][-1])
+    record["ndim"] = len(geometry.sizes)
+    record["sizes"][: len(geometry.sizes)] = geometry.sizes
+    record["classes"], record["voxels"] = shape[1], voxels
+    record["block"] = block_length(voxels)
+    record["blocks"] = -(-voxels // block_length(voxels))
+    record["inner_classes"] = shape[1] if interleaved else 1
+    wanted = ("bool", "uint8") if kind == "binary" else (real,)
+    record["direct"] = (
+        kind != "weighted"
+        and mask is None
+        and not has_ignore
+        and logits[1] == real
+        and targets[1] in wanted
+        and target_mode == TARGETS_AS_STORED
+        and _is_run(geometry, 0, logits[1], logits[2])
+        and _is_run(geometry, 1, targets[1], targets[2])
+        and not interleaved
+    )
+    record["labelled"], record["target_mode"] = labelled, target_mode
+    record["has_ignore"] = has_ignore
+    record["excluded_input"] = EXCLUDED_INPUT[activation]
+    if out is not None:
+        record["in_place"] = out[1] == real and _is_run(geometry, len(used) - 1, out[1], out[2])
+    groups = shape[1] // int(record["inner_classes"]) if shape[1] else 0
+    tasks = shape[0] * groups * int(record["blocks"])
+    return _Plan(job, Variant(real, kind, activation), tasks, shape)
+
+
+def _prepare(problem: Problem, out: View | None) -> tuple[_Plan, NDArray[Any]]:
+    """Return the plan of a call and a job record with the addresses filled in."""
+    operands = (problem.logits, problem.targets, problem.mask, problem.weights, out)
+    plan = _plan(
+        problem.logits.shape,
+        tuple(_layout(view) for view in operands),
+        problem.activation,
+        problem.target_mode,
+        problem.ignore_index is not None,
+    )
+    job = plan.job.copy()
+    record = job[0]
+    for name, view in zip(("logits", "targets", "mask", "weights", "out"), operands, strict=True):
+        if view is not None:
+            record[name]["address"] = view.address
+    if problem.ignore_index is not None:
+        record["ignore_label"] = record["ignore_real"] = problem.ignore_index
+    record["positive_label"] = record["positive_real"] = problem.positive
+    record["threshold"] = problem.threshold
+    if not record["direct"]:
+        binary = plan.variant.targets == "binary"
+        record["load"] = load_kernel(plan.variant.real, binary).address
+    return plan, job
+
+
+def statistics(problem: Problem, families: frozenset[str]) -> NDArray[np.float64]:
+    """Return the sums of every row, float64 (N, C, K), columns as `constants.columns` names them.
+
+    One read of every operand; nothing of the volume's size is allocated.
+    """
+    plan, job = _prepare(problem, None)
+    variant = plan.variant._replace(families=families)
+    samples, classes = plan.shape[:2]
+    blocks = int(job["blocks"][0])
+    partial = np.empty((samples, classes, blocks, len(columns(families))))
+    job["sums"] = partial.ctypes.data
+    kernel = statistics_kernel(variant)
+    threads.run(kernel, job.ctypes.data, plan.tasks, prod(plan.shape) >= SHARED_FROM)
+    return partial.sum(axis=2)
+
+
+def gradient(problem: Problem, coefficients: NDArray[np.float64], out: View) -> None:
+    """Write dL/dlogits (or dL/dprobs) to ``out`` from the coefficients of every row (N, C, 4).
+
+    One read of every operand and one write. ``out`` may be the logits themselves.
+    """
+    plan, job = _prepare(problem, out)
+    coefficients = np.ascontiguousarray(coefficients, np.float64)
+    assert coefficients.shape == (*plan.shape[:2], COEFFICIENTS)
+    job["coefficients"] = coefficients.ctypes.data
+    if out.address == problem.logits.address:
+        job["in_place"] = 0  # LLVM's check for overlap would send the loop down its scalar path
+    if not job["in_place"][0]:
+        job["store"] = store_kernel(plan.variant.real).address
+    kernel = gradient_kernel(plan.variant)
+    threads.run(kernel, job.ctypes.data, plan.tasks, prod(plan.shape) >= SHARED_FROM)

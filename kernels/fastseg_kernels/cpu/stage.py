@@ -1,0 +1,180 @@
+"""One stage of a row: predictions, targets and weights in buffers, excluded voxels neutralised.
+
+A voxel that is left out (mask, ignore_index, or padding at the end of a row) becomes a voxel whose
+loss, sums and gradient are exactly 0 whatever was stored there, NaN included: the loops that
+compute need no branch for it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from numba import carray, njit
+
+from fastseg_kernels.constants import MAX_DIMS
+from fastseg_kernels.cpu.compiled import OPTIONS, Kernel
+from fastseg_kernels.cpu.elementary import REALS
+from fastseg_kernels.cpu.intrinsics import pointer_to
+from fastseg_kernels.cpu.operands import (
+    EXCLUDED,
+    OPERAND,
+    STAGE,
+    is_contiguous,
+    load_codes,
+    load_raw,
+    make_load_reals,
+    make_store_reals,
+    store_raw,
+    voxel_address,
+)
+
+EXCLUDED_INPUT = {"sigmoid": -1000.0, "probs": 0.0}
+"""Prediction of a voxel that is left out: with target 0 its loss and gradient are exactly 0."""
+
+JOB = np.dtype(
+    [
+        ("logits", OPERAND),
+        ("targets", OPERAND),
+        ("mask", OPERAND),
+        ("weights", OPERAND),
+        ("out", OPERAND),
+        ("ndim", np.int64),
+        ("sizes", np.int64, (MAX_DIMS,)),
+        ("classes", np.int64),
+        ("voxels", np.int64),  # of one row
+        ("block", np.int64),  # voxels of one block
+        ("blocks", np.int64),  # of one row
+        ("inner_classes", np.int64),  # classes of one task: 1, or all
+        ("direct", np.int64),  # 1: logits and targets are read where they lie
+        ("labelled", np.int64),  # 1: targets are labels, also where the loop wants reals
+        ("target_mode", np.int64),
+        ("has_ignore", np.int64),
+        ("ignore_label", np.int64),
+        ("ignore_real", np.float64),
+        ("positive_label", np.int64),
+        ("positive_real", np.float64),
+        ("threshold", np.float64),
+        ("excluded_input", np.float64),
+        ("load", np.int64),  # address of the load kernel; only called unless direct
+        ("store", np.int64),  # address of the store kernel; only called unless in_place
+        ("in_place", np.int64),  # 1: the gradient is computed where out lies
+        ("sums", np.int64),  # address of float64 (samples, classes, blocks, columns)
+        ("coefficients", np.int64),  # address of float64 (samples, classes, COEFFICIENTS)
+    ]
+)
+"""What the kernels of the overlap family are told; addresses are of the caller's memory."""
+
+
+LOAD_REQUEST = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            "n",
+            "c",
+            "voxel",
+            "count",  # which voxels
+            "padded",  # buffers are filled up to here with excluded voxels
+            "x",
+            "p",
+            "w",
+            "excluded",  # addresses of the buffers
+            "scratch",  # address of `SCRATCH_WORDS` words
+            "left_out",  # answer: how many of the ``count`` voxels are excluded
+        )
+    ]  # fmt: skip
+)
+
+
+@cache
+def load_kernel(real_name: str, binary: bool) -> Kernel:
+    """Compile ``load(job, request, unused)``: bring voxels of one row into the buffers.
+
+    Apart from the loops that compute, and called through its address: it is compiled once for all
+    of them, and not at all where every array can be read in place.
+    """
+    real = REALS[real_name]
+    T = real.scalar
+    Target = np.uint8 if binary else T
+    load_reals = make_load_reals(real)
+
+    @njit(**OPTIONS)  # type: ignore[untyped-decorator]
+    def load_targets(job, ask, p, excluded):  # type: ignore[no-untyped-def]
+        n, c, voxel, count = ask.n, ask.c, ask.voxel, ask.count
+        if binary:
+            raw = load_raw(job.targets, job, n, c, voxel, count, ask.scratch + 8 * STAGE)
+            integers = pointer_to(ask.scratch, np.int64)
+            doubles = pointer_to(ask.scratch, np.float64)
+            load_codes(raw, job.targets.code, count, job, integers, doubles, p)
+            if job.has_ignore != 0:
+                for i in range(count):
+                    excluded[i] = np.uint8(p[i] == np.uint8(EXCLUDED))
+        elif job.labelled != 0:
+            raw = load_raw(job.targets, job, n, c, voxel, count, ask.scratch + 8 * STAGE)
+            integers = pointer_to(ask.scratch, np.int64)
+            doubles = pointer_to(ask.scratch, np.float64)
+            load_codes(raw, job.targets.code, count, job, integers, doubles, excluded)
+            for i in range(count):
+                p[i] = T(excluded[i])
+                excluded[i] = np.uint8(excluded[i] == np.uint8(EXCLUDED))
+        else:
+            raw = load_raw(job.targets, job, n, c, voxel, count, ask.scratch)
+            load_reals(raw, job.targets.code, count, p)
+            if job.has_ignore != 0:
+                for i in range(count):
+                    excluded[i] = np.uint8(p[i] == T(job.ignore_real))
+
+    def load(job_address, request_address, unused):  # type: ignore[no-untyped-def]
+        job = carray(pointer_to(job_address, JOB), 1)[0]
+        ask = carray(pointer_to(request_address, LOAD_REQUEST), 1)[0]
+        n, c, voxel, count = ask.n, ask.c, ask.voxel, ask.count
+        x, w = pointer_to(ask.x, T), pointer_to(ask.w, T)
+        p, excluded = pointer_to(ask.p, Target), pointer_to(ask.excluded, np.uint8)
+        for i in range(count):
+            excluded[i] = np.uint8(0)
+        raw = load_raw(job.logits, job, n, c, voxel, count, ask.scratch)
+        load_reals(raw, job.logits.code, count, x)
+        load_targets(job, ask, p, excluded)
+        weighted = job.weights.address != 0
+        if weighted:
+            raw = load_raw(job.weights, job, n, c, voxel, count, ask.scratch)
+            load_reals(raw, job.weights.code, count, w)
+        if job.mask.address != 0:
+            raw = load_raw(job.mask, job, n, c, voxel, count, ask.scratch)
+            keep = pointer_to(ask.scratch + 8 * STAGE, T)
+            load_reals(raw, job.mask.code, count, keep)
+            for i in range(count):
+                excluded[i] = np.uint8(1) if keep[i] == T(0) else excluded[i]
+        left_out = 0
+        for i in range(count):
+            left_out += np.int64(excluded[i])
+        for i in range(ask.padded):
+            if i >= count or excluded[i] != 0:
+                x[i] = T(job.excluded_input)
+                p[i] = Target(0)
+                if weighted:
+                    w[i] = T(0)
+        ask.left_out = left_out
+
+    return Kernel(load, f"load-{real_name}-{'binary' if binary else 'soft'}")
+
+
+@cache
+def store_kernel(real_name: str) -> Kernel:
+    """Compile ``store(job, request, unused)``: write buffer ``x`` of the request to ``job.out``."""
+    real = REALS[real_name]
+    T = real.scalar
+    store_reals = make_store_reals(real)
+
+    def store(job_address, request_address, unused):  # type: ignore[no-untyped-def]
+        job = carray(pointer_to(job_address, JOB), 1)[0]
+        ask = carray(pointer_to(request_address, LOAD_REQUEST), 1)[0]
+        values = pointer_to(ask.x, T)
+        if is_contiguous(job.out, job):
+            here = voxel_address(job.out, ask.n, ask.c, ask.voxel)
+            store_reals(values, ask.count, job.out.code, here)
+        else:
+            store_reals(values, ask.count, job.out.code, ask.scratch)
+            store_raw(job.out, job, ask.n, ask.c, ask.voxel, ask.count, ask.scratch)
+
+    return Kernel(store, f"store-{real_name}")

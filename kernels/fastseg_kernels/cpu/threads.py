@@ -1,0 +1,174 @@
+"""Which threads run a kernel, and why no process dies of it.
+
+A kernel is a list of independent tasks; every task is computed by one thread and its result does
+not depend on which, so all four ways below give the same bits.
+
+==========  ==================================  =====================================================
+way         cost of a call                      taken when
+==========  ==================================  =====================================================
+serial      1 us                                one thread, one task, or too little work to share
+numba       2 us (OpenMP)                       Numba's pool is thread safe and was started by us,
+                                                after the last fork
+pool        10 us, threads of Python's own      otherwise: Numba's "workqueue" layer aborts the
+                                                process when two Python threads use it, and its
+                                                OpenMP layer terminates a forked child
+==========  ==================================  =====================================================
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from numba import prange, types
+from numba.np.ufunc import parallel as numba_parallel
+
+from fastseg_kernels.cpu.compiled import Kernel, jit
+from fastseg_kernels.cpu.intrinsics import call_kernel
+
+THREAD_SAFE_LAYERS = ("omp", "tbb")
+MAX_THREADS = 1024
+
+
+class _State:
+    """What this process knows of its threads; made anew in a forked child."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.pool: ThreadPoolExecutor | None = None
+        # If Numba's pool runs already, someone else started it, maybe in a parent of this process,
+        # which Numba answers with SIGTERM: it is not used then.
+        self.numba_allowed = not getattr(numba_parallel, "_is_initialized", True)
+        self.numba_ready = False
+
+
+_state = _State()
+_num_threads: int | None = None
+
+
+def _after_fork() -> None:
+    global _state
+    _state = _State()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def available_threads() -> int:
+    """Count the CPUs that this process may use: its affinity and its cgroup's quota."""
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    quota = _cgroup_quota()
+    return max(1, min(count, quota) if quota else count)
+
+
+def _cgroup_quota() -> int | None:
+    """Return the CPUs' worth of time that a Linux cgroup grants, rounded up; None without limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()[:2]
+    except (OSError, ValueError):
+        try:
+            quota = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text().strip()
+            period = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return None
+    if not quota.isdigit() or not period.isdigit():  # "max", or -1
+        return None
+    return -(-int(quota) // int(period))
+
+
+def default_num_threads() -> int:
+    """Return ``FASTSEG_NUM_THREADS``, else the available CPUs but no more than OMP_NUM_THREADS."""
+    chosen = os.environ.get("FASTSEG_NUM_THREADS", "")
+    if chosen.isdigit() and int(chosen) > 0:
+        return int(chosen)
+    limit = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    count = available_threads()
+    return min(count, int(limit)) if limit.isdigit() and int(limit) > 0 else count
+
+
+def get_num_threads() -> int:
+    """Return how many threads a kernel may use."""
+    global _num_threads
+    if _num_threads is None:
+        _num_threads = default_num_threads()
+    return _num_threads
+
+
+def set_num_threads(count: int | None) -> None:
+    """Set how many threads a kernel may use; None returns to the default."""
+    global _num_threads
+    _num_threads = count
+
+
+@cache
+def _driver() -> Any:
+    @jit("driver", types.void(*[types.int64] * 4), parallel=True, nogil=True)
+    def drive(address, job, tasks, parts):  # type: ignore[no-untyped-def]
+        for part in prange(parts):
+            call_kernel(address, job, part * tasks // parts, (part + 1) * tasks // parts)
+
+    return drive
+
+
+def _start_numba(state: _State) -> None:
+    """Start Numba's pool once, and keep it only if Python threads may share it."""
+    with state.lock:
+        if state.numba_ready or not state.numba_allowed:
+            return
+        numba_parallel._launch_threads()
+        if numba_parallel.threading_layer() in THREAD_SAFE_LAYERS:
+            _driver()
+            state.numba_ready = True
+        else:
+            state.numba_allowed = False
+
+
+def _python_pool(state: _State) -> ThreadPoolExecutor:
+    with state.lock:
+        if state.pool is None:  # its threads start when there is work for one more
+            state.pool = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="fastseg")
+        return state.pool
+
+
+def describe() -> dict[str, Any]:
+    """Return the number of threads and the way in which kernels run now."""
+    state = _state
+    if state.numba_allowed and not state.numba_ready:
+        _start_numba(state)
+    way = f"numba ({numba_parallel.threading_layer()})" if state.numba_ready else "pool"
+    return {"threads": get_num_threads(), "available": available_threads(), "way": way}
+
+
+def run(kernel: Kernel, job: int, tasks: int, share: bool = True) -> None:
+    """Run ``kernel`` on ``tasks`` tasks of the job at address ``job``; return when all are done.
+
+    ``share=False`` keeps work that is too small to be worth a second thread on this one.
+    """
+    if tasks <= 0:
+        return
+    parts = min(get_num_threads(), tasks)
+    if parts == 1 or not share:
+        kernel.call(job, 0, tasks)
+        return
+    state = _state
+    if state.numba_allowed and not state.numba_ready:
+        _start_numba(state)
+    if state.numba_ready:
+        _driver()(kernel.address, job, tasks, parts)
+        return
+    pool = _python_pool(state)
+    bounds = [part * tasks // parts for part in range(parts + 1)]
+    others = [
+        pool.submit(kernel.call, job, bounds[part], bounds[part + 1]) for part in range(1, parts)
+    ]
+    kernel.call(job, bounds[0], bounds[1])
+    for other in others:
+        other.result()

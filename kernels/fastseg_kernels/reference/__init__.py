@@ -1,0 +1,61 @@
+"""The float64 reference: every formula once, in NumPy, to be read against the mathematics.
+
+Slow and obvious on purpose. Every function casts its inputs to float64; nothing here is fused,
+parallel or dispatched, and nothing here depends on another package than NumPy. Arrays are
+(N, C, *spatial); a row is one (sample, class); a sum runs over the spatial axes and gives (N, C).
+"""
+
+from .cross_entropy import (
+    bce,
+    bce_gradient,
+    bce_mean,
+    bce_per_image,
+    bce_with_logits,
+    bce_with_logits_gradient,
+)
+from .hard import confusion_counts, hard_dice_score, hard_jaccard_index
+from .links import LINKS, link_derivative, link_value
+from .logistic import sigmoid, sigmoid_gradient, softplus
+from .overlap import (
+    error_sums,
+    gradient_wrt_logits,
+    overlap_sums,
+    soft_dice_score,
+    soft_dice_score_gradient,
+    soft_jaccard_index,
+    soft_jaccard_index_gradient,
+    tversky_index,
+    tversky_index_gradient,
+)
+from .updates import adam, gradient_descent, momentum, momentum_pytorch
+
+__all__ = [
+    "LINKS",
+    "adam",
+    "bce",
+    "bce_gradient",
+    "bce_mean",
+    "bce_per_image",
+    "bce_with_logits",
+    "bce_with_logits_gradient",
+    "confusion_counts",
+    "error_sums",
+    "gradient_descent",
+    "gradient_wrt_logits",
+    "hard_dice_score",
+    "hard_jaccard_index",
+    "link_derivative",
+    "link_value",
+    "momentum",
+    "momentum_pytorch",
+    "overlap_sums",
+    "sigmoid",
+    "sigmoid_gradient",
+    "soft_dice_score",
+    "soft_dice_score_gradient",
+    "soft_jaccard_index",
+    "soft_jaccard_index_gradient",
+    "softplus",
+    "tversky_index",
+    "tversky_index_gradient",
+]

@@ -1,0 +1,330 @@
+r"""Region scores of soft predictions and their gradients, in float64.
+
+Targets p and probabilities q, (N, C, \*spatial). A row is one (sample, class); every score is a
+function of three sums over the row, I = sum p q, P = sum p and Q = sum q, and so its gradient is
+
+    ds/dq_i = ds/dI dI/dq_i + ds/dQ dQ/dq_i,    dI/dq_i = w_i p_i,    dQ/dq_i = w_i
+
+with the voxels' weights w (1 unless given). The denominator is clamped below at `eps`; where the
+clamp holds the denominator is constant. A row at 0/0 has the score NaN.
+
+References
+----------
+Soft Jaccard index: M. A. Rahman and Y. Wang, "Optimizing Intersection-Over-Union in Deep Neural
+Networks for Image Segmentation", ISVC 2016. Tversky index, of which the soft Dice score is the
+case alpha = beta = 1/2: S. S. M. Salehi, D. Erdogmus and A. Gholipour, "Tversky loss function for
+image segmentation using 3D fully convolutional deep networks", MLMI 2017. The smoothing terms and
+`eps` are not in these papers; at their defaults of 0 the formulas are the papers'.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .logistic import sigmoid, sigmoid_gradient
+
+
+def _voxels(
+    volume: ArrayLike, targets: ArrayLike, weights: ArrayLike | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return volume, targets and weights; the first two hold 0 where the weight is 0."""
+    v = np.asarray(volume, dtype=np.float64)
+    p = np.asarray(targets, dtype=np.float64)
+    w = np.broadcast_to(np.asarray(1.0 if weights is None else weights, dtype=np.float64), v.shape)
+    return np.where(w == 0, 0, v), np.where(w == 0, 0, p), w
+
+
+def _row_sum(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sum over the spatial axes: (N, C, *spatial) to (N, C)."""
+    rows: NDArray[np.float64] = np.sum(values, axis=tuple(range(2, values.ndim)))
+    return rows
+
+
+def overlap_sums(
+    probs: ArrayLike, targets: ArrayLike, weights: ArrayLike | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    r"""Return the three sums of every row, in the order that the scores take.
+
+    .. math:: I = \sum_i w_i p_i q_i, \quad P = \sum_i w_i p_i, \quad Q = \sum_i w_i q_i
+
+    Parameters
+    ----------
+    probs, targets : array_like
+        q and p, (N, C, \*spatial).
+    weights : array_like, optional
+        w, broadcast to (N, C, \*spatial). A voxel of weight 0 is left out, whatever it holds.
+
+    Returns
+    -------
+    intersection, targets_sum, probs_sum : ndarray of float64
+        I, P and Q, each (N, C).
+
+    Examples
+    --------
+    >>> sums = overlap_sums([[[1, 1, 0, 0]]], [[[1, 0, 1, 0]]])
+    >>> [float(s[0, 0]) for s in sums]
+    [1.0, 2.0, 2.0]
+    """
+    q, p, w = _voxels(probs, targets, weights)
+    return _row_sum(w * p * q), _row_sum(w * p), _row_sum(w * q)
+
+
+def error_sums(
+    logits: ArrayLike, targets: ArrayLike, weights: ArrayLike | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    r"""Return the soft false negatives and false positives of every row, from logits.
+
+    .. math:: fn = P - I = \sum_i w_i p_i \sigma(-x_i), \quad
+              fp = Q - I = \sum_i w_i (1 - p_i) \sigma(x_i)
+
+    Parameters
+    ----------
+    logits, targets, weights : array_like
+        x, p and w, as in `overlap_sums`.
+
+    Returns
+    -------
+    false_negative_sum, false_positive_sum : ndarray of float64
+        Each (N, C).
+
+    Notes
+    -----
+    1 - J = (fn + fp) / (P + fp) keeps its digits where the prediction is confidently right; the
+    difference 1 - I / (P + Q - I) does not.
+
+    Examples
+    --------
+    >>> fn, fp = error_sums([[[0.0, 0.0, 0.0]]], [[[1, 0, 0]]])
+    >>> float(fn[0, 0]), float(fp[0, 0])
+    (0.5, 1.0)
+    """
+    x, p, w = _voxels(logits, targets, weights)
+    return _row_sum(w * p * sigmoid(-x)), _row_sum(w * (1 - p) * sigmoid(x))
+
+
+def _quotient(
+    numerator: NDArray[np.float64], denominator: NDArray[np.float64], eps: float
+) -> NDArray[np.float64]:
+    """Return n / max(d, eps)."""
+    with np.errstate(divide="ignore", invalid="ignore"):  # 0/0 is NaN, and is meant to be
+        return numerator / np.maximum(denominator, eps)
+
+
+def _quotient_rule(
+    n: NDArray[np.float64], dn: float, d: NDArray[np.float64], dd: float, eps: float
+) -> NDArray[np.float64]:
+    """Return the derivative (n' d - n d') / d^2 of n / max(d, eps) from n' and d'."""
+    slope = np.where(d < eps, 0, dd)
+    d = np.maximum(d, eps)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (dn * d - n * slope) / d**2
+
+
+def _chain(
+    d_intersection: NDArray[np.float64],
+    d_probs_sum: NDArray[np.float64],
+    targets: NDArray[np.float64],
+    weights: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Return ds/dq_i = ds/dI w_i p_i + ds/dQ w_i, and 0 where w_i is 0, whatever the row's sums."""
+    per_row = d_intersection.shape + (1,) * (targets.ndim - 2)
+    dI, dQ = d_intersection.reshape(per_row), d_probs_sum.reshape(per_row)
+    with np.errstate(invalid="ignore"):  # infinite slopes of a row whose denominator is 0
+        return np.where(weights == 0, 0, weights * (dI * targets + dQ))
+
+
+def soft_jaccard_index(
+    intersection: ArrayLike,
+    targets_sum: ArrayLike,
+    probs_sum: ArrayLike,
+    *,
+    smooth_num: float = 0.0,
+    smooth_den: float = 0.0,
+    eps: float = 0.0,
+) -> NDArray[np.float64]:
+    r"""Return the soft Jaccard index of every row (Rahman and Wang 2016).
+
+    .. math:: \tilde J = \frac{I + n_0}{\max(P + Q - I + d_0,\ \epsilon)}
+
+    Parameters
+    ----------
+    intersection, targets_sum, probs_sum : array_like
+        I, P and Q of `overlap_sums`, (N, C).
+    smooth_num, smooth_den, eps : float
+        n_0, d_0 and the floor of the denominator.
+
+    Returns
+    -------
+    ndarray of float64
+        (N, C).
+
+    Examples
+    --------
+    >>> float(soft_jaccard_index(1, 2, 2)) == 1 / 3
+    True
+    """
+    I_ = np.asarray(intersection, dtype=np.float64)
+    P = np.asarray(targets_sum, dtype=np.float64)
+    Q = np.asarray(probs_sum, dtype=np.float64)
+    return _quotient(I_ + smooth_num, P + Q - I_ + smooth_den, eps)
+
+
+def soft_jaccard_index_gradient(
+    probs: ArrayLike,
+    targets: ArrayLike,
+    weights: ArrayLike | None = None,
+    *,
+    smooth_num: float = 0.0,
+    smooth_den: float = 0.0,
+    eps: float = 0.0,
+) -> NDArray[np.float64]:
+    r"""Return the gradient of the soft Jaccard index with respect to the probabilities.
+
+    .. math:: \frac{dJ}{dI} = \frac{U + N}{U^2}, \quad \frac{dJ}{dQ} = -\frac{N}{U^2}
+              \quad\text{with}\quad N = I + n_0,\ U = P + Q - I + d_0 \ge \epsilon
+
+    Parameters as in `overlap_sums` and `soft_jaccard_index`; returns (N, C, \*spatial) float64.
+    """
+    I_, P, Q = overlap_sums(probs, targets, weights)
+    _, p, w = _voxels(probs, targets, weights)
+    numerator = I_ + smooth_num  # d/dI = 1, d/dQ = 0
+    denominator = P + Q - I_ + smooth_den  # d/dI = -1, d/dQ = 1
+    dI = _quotient_rule(numerator, 1, denominator, -1, eps)
+    dQ = _quotient_rule(numerator, 0, denominator, 1, eps)
+    return _chain(dI, dQ, p, w)
+
+
+def soft_dice_score(
+    intersection: ArrayLike,
+    targets_sum: ArrayLike,
+    probs_sum: ArrayLike,
+    *,
+    smooth_num: float = 0.0,
+    smooth_den: float = 0.0,
+    eps: float = 0.0,
+) -> NDArray[np.float64]:
+    r"""Return the soft Dice score of every row, with plain (not squared) sums below.
+
+    .. math:: \tilde D = \frac{2 I + n_0}{\max(P + Q + d_0,\ \epsilon)}
+
+    Parameters and return value as in `soft_jaccard_index`.
+
+    Examples
+    --------
+    >>> float(soft_dice_score(1, 2, 2))
+    0.5
+    """
+    I_ = np.asarray(intersection, dtype=np.float64)
+    P = np.asarray(targets_sum, dtype=np.float64)
+    Q = np.asarray(probs_sum, dtype=np.float64)
+    return _quotient(2 * I_ + smooth_num, P + Q + smooth_den, eps)
+
+
+def soft_dice_score_gradient(
+    probs: ArrayLike,
+    targets: ArrayLike,
+    weights: ArrayLike | None = None,
+    *,
+    smooth_num: float = 0.0,
+    smooth_den: float = 0.0,
+    eps: float = 0.0,
+) -> NDArray[np.float64]:
+    r"""Return the gradient of the soft Dice score with respect to the probabilities.
+
+    .. math:: \frac{dD}{dI} = \frac{2}{S}, \quad \frac{dD}{dQ} = -\frac{N}{S^2}
+              \quad\text{with}\quad N = 2 I + n_0,\ S = P + Q + d_0 \ge \epsilon
+
+    Parameters as in `overlap_sums` and `soft_jaccard_index`; returns (N, C, \*spatial) float64.
+    """
+    I_, P, Q = overlap_sums(probs, targets, weights)
+    _, p, w = _voxels(probs, targets, weights)
+    numerator = 2 * I_ + smooth_num  # d/dI = 2, d/dQ = 0
+    denominator = P + Q + smooth_den  # d/dI = 0, d/dQ = 1
+    dI = _quotient_rule(numerator, 2, denominator, 0, eps)
+    dQ = _quotient_rule(numerator, 0, denominator, 1, eps)
+    return _chain(dI, dQ, p, w)
+
+
+def tversky_index(
+    intersection: ArrayLike,
+    targets_sum: ArrayLike,
+    probs_sum: ArrayLike,
+    alpha: float,
+    beta: float,
+    *,
+    smooth_num: float = 0.0,
+    smooth_den: float = 0.0,
+    eps: float = 0.0,
+) -> NDArray[np.float64]:
+    r"""Return the Tversky index of every row (Salehi et al. 2017).
+
+    .. math:: T = \frac{I + n_0}{\max(I + \alpha (Q - I) + \beta (P - I) + d_0,\ \epsilon)}
+
+    `alpha` weighs the false positives Q - I, `beta` the false negatives P - I. The Jaccard index is
+    alpha = beta = 1, the Dice score alpha = beta = 1/2 (and half its smoothing terms). Other
+    parameters and return value as in `soft_jaccard_index`.
+
+    Examples
+    --------
+    >>> float(tversky_index(1, 2, 2, alpha=0.3, beta=0.7))
+    0.5
+    """
+    I_ = np.asarray(intersection, dtype=np.float64)
+    P = np.asarray(targets_sum, dtype=np.float64)
+    Q = np.asarray(probs_sum, dtype=np.float64)
+    return _quotient(I_ + smooth_num, I_ + alpha * (Q - I_) + beta * (P - I_) + smooth_den, eps)
+
+
+def tversky_index_gradient(
+    probs: ArrayLike,
+    targets: ArrayLike,
+    alpha: float,
+    beta: float,
+    weights: ArrayLike | None = None,
+    *,
+    smooth_num: float = 0.0,
+    smooth_den: float = 0.0,
+    eps: float = 0.0,
+) -> NDArray[np.float64]:
+    r"""Return the gradient of the Tversky index with respect to the probabilities.
+
+    .. math:: \frac{dT}{dI} = \frac{D - (1 - \alpha - \beta) N}{D^2}, \quad
+              \frac{dT}{dQ} = -\frac{\alpha N}{D^2} \quad\text{with}\quad
+              N = I + n_0,\ D = I + \alpha (Q - I) + \beta (P - I) + d_0 \ge \epsilon
+
+    Parameters as in `overlap_sums` and `tversky_index`; returns (N, C, \*spatial) float64.
+    """
+    I_, P, Q = overlap_sums(probs, targets, weights)
+    _, p, w = _voxels(probs, targets, weights)
+    numerator = I_ + smooth_num  # d/dI = 1, d/dQ = 0
+    denominator = I_ + alpha * (Q - I_) + beta * (P - I_) + smooth_den
+    dI = _quotient_rule(numerator, 1, denominator, 1 - alpha - beta, eps)
+    dQ = _quotient_rule(numerator, 0, denominator, alpha, eps)
+    return _chain(dI, dQ, p, w)
+
+
+def gradient_wrt_logits(
+    dprobs: ArrayLike, logits: ArrayLike, weights: ArrayLike | None = None
+) -> NDArray[np.float64]:
+    r"""Return the gradient with respect to the logits from that with respect to the probabilities.
+
+    .. math:: \frac{dL}{dx_i} = \frac{dL}{dq_i} \, q_i (1 - q_i)
+
+    Parameters
+    ----------
+    dprobs, logits : array_like
+        dL/dq and x, (N, C, \*spatial).
+    weights : array_like, optional
+        As in `overlap_sums`: where it is 0 the gradient is 0, whatever the logit.
+
+    Returns
+    -------
+    ndarray of float64
+        (N, C, \*spatial).
+
+    Examples
+    --------
+    >>> float(gradient_wrt_logits(2.0, 0.0))
+    0.5
+    """
+    x, dq, w = _voxels(logits, dprobs, weights)
+    return np.where(w == 0, 0, dq * sigmoid_gradient(x))

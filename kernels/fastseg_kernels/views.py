@@ -1,0 +1,65 @@
+"""Arrays as the kernels see them: an address, a shape and strides, whoever owns the memory."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fastseg_kernels.constants import MAX_DIMS
+
+
+class View(NamedTuple):
+    """One array: ``strides`` in bytes, ``dtype`` by name, ``swapped`` if not in native byte order.
+
+    ``owner`` keeps the memory alive for as long as the view is.
+    """
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+    swapped: bool
+    writable: bool
+    owner: object
+
+
+class Geometry(NamedTuple):
+    """Spatial axes that all operands share, merged where every operand allows it.
+
+    ``strides[k]`` are the byte strides of operand ``k``, in the order of ``sizes``: slowest first,
+    by the strides of the first operand (the logits), so that memory is read in its own order.
+    """
+
+    sizes: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+
+
+def merge_axes(sizes: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> Geometry:
+    """Order the axes by the first operand's strides and merge those that are one run of memory.
+
+    Parameters
+    ----------
+    sizes
+        Lengths of the spatial axes.
+    strides
+        For each operand its byte strides along these axes.
+    """
+    axes = [axis for axis in range(len(sizes)) if sizes[axis] != 1]
+    axes.sort(key=lambda axis: -abs(strides[0][axis]))
+    merged: list[tuple[int, tuple[int, ...]]] = []
+    for axis in axes:
+        size, step = sizes[axis], tuple(operand[axis] for operand in strides)
+        if merged and merged[-1][1] == tuple(size * s for s in step):
+            merged[-1] = (merged[-1][0] * size, step)
+        else:
+            merged.append((size, step))
+    if not merged:
+        merged = [(1, tuple(0 for _ in strides))]
+    return Geometry(
+        tuple(size for size, _ in merged),
+        tuple(tuple(step[k] for _, step in merged) for k in range(len(strides))),
+    )
+
+
+def fits(geometry: Geometry) -> bool:
+    """Tell whether the kernels can walk this geometry without a copy."""
+    return len(geometry.sizes) <= MAX_DIMS
