@@ -1,5 +1,41 @@
-"""Fused losses, gradients, metrics and updates for segmentation.
+"""Fused losses, gradients, metrics and parameter updates for segmentation.
 
 >>> import numpy as np, fastseg as fs
 >>> loss = fs.BCE() + fs.SoftJaccard()
+>>> logits, targets = np.zeros((1, 1, 8, 8), np.float32), np.ones((1, 1, 8, 8), bool)
+>>> value, grad = loss.value_and_grad(logits, targets)
+>>> round(float(value), 4)
+1.1931
+
+Importing it imports NumPy and nothing else: a backend is loaded by the first call that needs it.
 """
+
+from fastseg.config import get_num_threads, set_num_threads, show_config
+from fastseg.functional import sigmoid
+from fastseg.losses import Loss
+from fastseg.metrics import dice_score, jaccard_index, stat_scores
+from fastseg.options import Options
+from fastseg.statistics import Statistics, concatenate_statistics
+from fastseg.terms import BCE, RegionTerm, SoftDice, SoftJaccard, Term, Tversky
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "BCE",
+    "Loss",
+    "Options",
+    "RegionTerm",
+    "SoftDice",
+    "SoftJaccard",
+    "Statistics",
+    "Term",
+    "Tversky",
+    "concatenate_statistics",
+    "dice_score",
+    "get_num_threads",
+    "jaccard_index",
+    "set_num_threads",
+    "show_config",
+    "sigmoid",
+    "stat_scores",
+]

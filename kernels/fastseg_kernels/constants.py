@@ -62,3 +62,9 @@ REDUCTIONS = ("none", "mean", "sum")
 COEFFICIENTS = 4
 """Per row, what the gradient kernel needs (``cpu/points.py`` has the formula): dL/dq of the region
 terms on the foreground and off it, and the weight of the BCE on the foreground and off it."""
+
+PICKED = (
+    "voxels", "count", "targets_sum", "false_negative_sum", "false_positive_sum",
+    "bce_sum", "bce_pos_sum", "bce_neg_sum",
+)  # fmt: skip
+"""The sums that terms are made of, in the order in which ``evaluate`` takes them."""

@@ -1,8 +1,11 @@
-"""What a loss asks of a backend: one volume with its targets, checked and brought to (N, C, ...)."""
+"""What a loss asks of a backend, and what it gets back."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fastseg_kernels.views import View
 
@@ -28,3 +31,11 @@ class Problem(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         """Return (N, C, *spatial)."""
         return self.logits.shape
+
+
+class Evaluation(NamedTuple):
+    """A loss evaluated: ``value`` (N, C) or (1, 1); ``terms`` one value per term and row."""
+
+    value: NDArray[np.float64]
+    terms: NDArray[np.float64]  # (T, N, C), or (T, 1, 1): before their weights
+    coefficients: NDArray[np.float64]  # (N, C, COEFFICIENTS)

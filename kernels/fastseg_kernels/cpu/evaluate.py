@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numba import float64, int64, njit, types
 from numpy.typing import NDArray
 
-from fastseg_kernels.constants import COEFFICIENTS, EMPTY, KIND_BCE, LINKS, NORMALIZE, TERM_FIELDS
+from fastseg_kernels.constants import (
+    COEFFICIENTS,
+    EMPTY,
+    KIND_BCE,
+    LINKS,
+    NORMALIZE,
+    PICKED,
+    TERM_FIELDS,
+)
 from fastseg_kernels.cpu.compiled import OPTIONS, jit
+from fastseg_kernels.problem import Evaluation
 
 _F = {name: index for index, name in enumerate(TERM_FIELDS)}
 KIND, WEIGHT, EPS, LINK, GAMMA = (_F[n] for n in ("kind", "weight", "eps", "link", "gamma"))
@@ -28,20 +37,7 @@ FORMULA, ONE, SKIP = EMPTY.index("formula"), EMPTY.index("one"), EMPTY.index("sk
 BY_VALID, BY_ALL = NORMALIZE.index("valid"), NORMALIZE.index("all")
 NONE, MEAN = 0, 1  # of constants.REDUCTIONS
 
-# The sums that terms are made of, in the order of the ``picked`` array.
-PICKED = (
-    "voxels", "count", "targets_sum", "false_negative_sum", "false_positive_sum",
-    "bce_sum", "bce_pos_sum", "bce_neg_sum",
-)  # fmt: skip
 VOXELS, COUNT, P, F, G, BCE_ALL, BCE_POS, BCE_NEG = range(len(PICKED))
-
-
-class Evaluation(NamedTuple):
-    """A loss evaluated: ``value`` (N, C) or (1, 1); ``terms`` one value per term and row."""
-
-    value: NDArray[np.float64]
-    terms: NDArray[np.float64]  # (T, N, C), or (T, 1, 1): before their weights
-    coefficients: NDArray[np.float64]  # (N, C, COEFFICIENTS)
 
 
 @njit(**OPTIONS)  # type: ignore[untyped-decorator]

@@ -23,7 +23,13 @@ from fastseg_kernels.constants import (
 )
 from fastseg_kernels.cpu.compiled import OPTIONS
 from fastseg_kernels.cpu.elementary import Real
-from fastseg_kernels.cpu.intrinsics import bits_of, from_bits, pointer_to, wide_vectors
+from fastseg_kernels.cpu.intrinsics import (
+    address_of,
+    bits_of,
+    from_bits,
+    pointer_to,
+    wide_vectors,
+)
 from fastseg_kernels.views import View
 
 STAGE = 2048
@@ -346,6 +352,7 @@ def make_store_reals(real: Real) -> Any:
 
 
 _widen_to_double = make_load_reals(Real(np.float64, np.int64, 52, 1023, 0.0, (), 0))
+_EXACT_INTEGERS = 2.0**53
 _int64_from = {
     dtype: _make_widen(dtype, np.int64)
     for dtype in (np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.int64)
@@ -373,6 +380,21 @@ def _load_integers(source, code, count, out):  # type: ignore[no-untyped-def]
         _from_i32(source, count, out)
     else:
         _from_i64(source, count, out)
+
+
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def load_labels(source, code, count, out):  # type: ignore[no-untyped-def]
+    """Widen labels of any dtype to int64; what is not an integer (0.5, NaN) becomes -1."""
+    if code < FIRST_FLOAT:
+        _load_integers(source, code, count, out)
+        return
+    values = pointer_to(address_of(out), np.float64)
+    _widen_to_double(source, code, count, values)
+    for i in range(count):
+        value = values[i]
+        whole = abs(value) < _EXACT_INTEGERS
+        label = np.int64(value) if whole else np.int64(-1)
+        out[i] = label if whole and np.float64(label) == value else np.int64(-1)
 
 
 @njit(**OPTIONS)  # type: ignore[untyped-decorator]

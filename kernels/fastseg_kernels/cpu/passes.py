@@ -13,6 +13,7 @@ from fastseg_kernels.constants import (
     COEFFICIENTS,
     FLOAT_DTYPES,
     ITEM_SIZES,
+    MAX_DIMS,
     TARGETS_AS_STORED,
     columns,
 )
@@ -52,6 +53,21 @@ def _is_run(geometry: Geometry, k: int, dtype: str, swapped: bool) -> bool:
     return not swapped and (one_run or geometry.sizes == (1,))
 
 
+def fill_geometry(record: Any, shape: tuple[int, ...], views: dict[str, View]) -> Geometry:
+    """Write ``views`` (N, C, *spatial), by their names in the job, with merged spatial axes."""
+    geometry = merge_axes(shape[2:], tuple(view.strides[2:] for view in views.values()))
+    if len(geometry.sizes) > MAX_DIMS:
+        raise ValueError(
+            f"at most {MAX_DIMS} spatial axes that do not lie next to each other in memory are "
+            f"supported, got {len(geometry.sizes)}; pass contiguous copies"
+        )
+    record["ndim"] = len(geometry.sizes)
+    record["sizes"][: len(geometry.sizes)] = geometry.sizes
+    for (name, view), strides in zip(views.items(), geometry.strides, strict=True):
+        fill_operand(record[name], view, strides)
+    return geometry
+
+
 @lru_cache(maxsize=256)
 def _plan(
     shape: tuple[int, ...],
@@ -62,8 +78,6 @@ def _plan(
 ) -> _Plan:
     logits, targets, mask, weights, out = layouts
     assert logits is not None and targets is not None
-    present = [layout for layout in layouts if layout is not None]
-    geometry = merge_axes(shape[2:], tuple(layout[0][2:] for layout in present))
     real = compute_type(logits[1])
     labelled = targets[1] not in FLOAT_DTYPES or target_mode != TARGETS_AS_STORED
     kind = "weighted" if weights is not None else ("binary" if labelled else "soft")
@@ -71,14 +85,14 @@ def _plan(
     job = np.zeros(1, JOB)
     record = job[0]
     names = ("logits", "targets", "mask", "weights", "out")
-    used = [name for name, layout in zip(names, layouts, strict=True) if layout is not None]
-    for k, (name, layout) in enumerate(zip(used, present, strict=True)):
-        view = View(0, shape, layout[0], layout[1], layout[2], True, None)
-        fill_operand(record[name], view, geometry.strides[k])
+    views = {
+        name: View(0, shape, layout[0], layout[1], layout[2], True, None)
+        for name, layout in zip(names, layouts, strict=True)
+        if layout is not None
+    }
+    geometry = fill_geometry(record, shape, views)
     voxels = prod(shape[2:])
     interleaved = shape[1] > 1 and 0 < abs(logits[0][1]) < abs(geometry.strides[0][-1])
-    record["ndim"] = len(geometry.sizes)
-    record["sizes"][: len(geometry.sizes)] = geometry.sizes
     record["classes"], record["voxels"] = shape[1], voxels
     record["block"] = block_length(voxels)
     record["blocks"] = -(-voxels // block_length(voxels))
@@ -99,7 +113,7 @@ def _plan(
     record["has_ignore"] = has_ignore
     record["excluded_input"] = EXCLUDED_INPUT[activation]
     if out is not None:
-        record["in_place"] = out[1] == real and _is_run(geometry, len(used) - 1, out[1], out[2])
+        record["in_place"] = out[1] == real and _is_run(geometry, len(views) - 1, out[1], out[2])
     groups = shape[1] // int(record["inner_classes"]) if shape[1] else 0
     tasks = shape[0] * groups * int(record["blocks"])
     return _Plan(job, Variant(real, kind, activation), tasks, shape)

@@ -1,0 +1,65 @@
+"""The options that belong to a whole loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+LAYOUTS = ("NC", "N", "C", "")
+REDUCTIONS = ("none", "mean", "sum")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `Loss.replace` sets.
+
+    Parameters
+    ----------
+    activation
+        "auto" and "sigmoid": the predictions are logits; None: they are probabilities.
+    ignore_index
+        Label of voxels that do not count; compared before ``positive``.
+    positive
+        None: targets are 0 and 1 (or soft, in [0, 1]); "nonzero": every label but 0 is foreground;
+        an integer: that label is.
+    reduction
+        "mean" or "sum" over samples and classes, or "none": one value for each, (N, C).
+    layout
+        The axes before the spatial ones: "NC", "N", "C" or "" (a plain volume).
+    """
+
+    activation: Literal["auto", "sigmoid"] | None = "auto"
+    ignore_index: int | None = None
+    positive: Literal["nonzero"] | int | None = None
+    reduction: Literal["none", "mean", "sum"] = "mean"
+    layout: Literal["NC", "N", "C", ""] = "NC"
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.activation not in ("auto", "sigmoid", None):
+            raise ValueError(
+                f"activation must be 'auto', 'sigmoid' or None, got {self.activation!r}"
+            )
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(
+                f"reduction must be one of {', '.join(REDUCTIONS)}, got {self.reduction!r}"
+            )
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout must be 'NC', 'N', 'C' or '', got {self.layout!r}")
+        for name in ("ignore_index", "positive"):
+            value = getattr(self, name)
+            if value is None or (name == "positive" and value == "nonzero"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                extra = ", 'nonzero'" if name == "positive" else ""
+                raise ValueError(f"{name} must be an integer{extra} or None, got {value!r}")
+            if not -(2**63) <= value < 2**64:
+                raise ValueError(f"{name} must fit 64 bits, got {value}")
+
+    def given(self) -> dict[str, Any]:
+        """Return the options that differ from the defaults."""
+        pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in pairs if value != getattr(DEFAULTS, name)}
+
+
+DEFAULTS = Options()

@@ -1,0 +1,270 @@
+"""The sums that everything else is made of, and how they combine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastseg.scores import dice_from_counts, jaccard_from_counts, reduce_scores
+from fastseg_kernels.constants import BASE_COLUMNS, FAMILY_COLUMNS, PICKED, columns
+
+
+class Statistics:
+    """Sums over the voxels of each sample and class.
+
+    Adding is for *other voxels of the same samples* (slabs of a volume, chunks of a store); other
+    samples are joined by `concatenate_statistics`. Statistics of different samples look alike, and
+    their sum would be a different loss without an error, so ``+`` asks for names: pass
+    ``samples=`` to `Loss.statistics`, or state the fact with `add_voxels`.
+
+    Attributes
+    ----------
+    array
+        float64 (N, C, K), read-only.
+    names
+        The K column names: ``voxels``, ``count`` (valid voxels), ``invalid`` (voxels whose target
+        or probability is outside the allowed values), ``targets_sum``, and the columns of the
+        families that were asked for (`fastseg_kernels.constants.FAMILY_COLUMNS`).
+    samples
+        One name per sample, or None.
+
+    Examples
+    --------
+    >>> import numpy as np, fastseg as fs
+    >>> logits, targets = np.zeros((1, 1, 8), np.float32), np.ones((1, 1, 8), bool)
+    >>> loss = fs.SoftJaccard()
+    >>> halves = [loss.statistics(logits[..., k::2], targets[..., k::2], samples="a") for k in (0, 1)]
+    >>> float(loss.value(sum(halves))) == float(loss(logits, targets)) == 0.5
+    True
+    """
+
+    __slots__ = ("array", "names", "samples")
+
+    array: NDArray[np.float64]
+    names: tuple[str, ...]
+    samples: tuple[str, ...] | None
+
+    def __init__(
+        self,
+        array: NDArray[np.float64],
+        names: Sequence[str],
+        samples: str | Sequence[str] | None = None,
+    ) -> None:
+        array = np.array(array, np.float64)
+        known = {*BASE_COLUMNS, *(n for members in FAMILY_COLUMNS.values() for n in members)}
+        if array.ndim != 3 or array.shape[2] != len(names):
+            raise ValueError(f"array must have shape (N, C, {len(names)}), got {array.shape}")
+        if not known.issuperset(names):
+            raise ValueError(f"names must be among {sorted(known)}, got {list(names)}")
+        array.flags.writeable = False
+        named = (samples,) if isinstance(samples, str) else samples
+        if named is not None and len(named) != array.shape[0]:
+            raise ValueError(
+                f"samples must name each of the {array.shape[0]} samples, got {len(named)} names"
+            )
+        object.__setattr__(self, "array", array)
+        object.__setattr__(self, "names", tuple(names))
+        object.__setattr__(self, "samples", None if named is None else tuple(map(str, named)))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"Statistics are immutable; cannot set {name}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Statistics, (self.array, self.names, self.samples)
+
+    def __repr__(self) -> str:
+        samples, classes = self.array.shape[:2]
+        count = int(self.array[:, :, self.names.index("count")].sum())
+        return f"<Statistics of {samples} samples, {classes} classes, {count} valid voxels>"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Statistics):
+            return NotImplemented
+        same = self.names == other.names and self.samples == other.samples
+        return same and np.array_equal(self.array, other.array, equal_nan=True)
+
+    def __hash__(self) -> int:
+        return hash((self.names, self.samples, self.array.tobytes()))
+
+    # Sums
+
+    def __getitem__(self, name: str) -> NDArray[np.float64]:
+        """Return one column, float64 (N, C).
+
+        ``bce_sum`` is there too where its two parts are.
+        """
+        if name in self.names:
+            return self.array[:, :, self.names.index(name)]
+        if name == "bce_sum" and "bce_pos_sum" in self.names:
+            return np.asarray(self["bce_pos_sum"] + self["bce_neg_sum"])
+        family = next((f for f, members in FAMILY_COLUMNS.items() if name in members), None)
+        if family is None:
+            raise KeyError(f"no column {name!r}; these statistics hold {', '.join(self.names)}")
+        raise ValueError(
+            f"these statistics do not hold {name}: ask for track=({family!r},) when they are made"
+        )
+
+    def picked(self) -> NDArray[np.float64]:
+        """Return the columns that terms are made of, float64 (N, C, len(PICKED)); absent ones 0."""
+        result = np.zeros((*self.array.shape[:2], len(PICKED)))
+        for k, name in enumerate(PICKED):
+            if name in self.names:
+                result[:, :, k] = self.array[:, :, self.names.index(name)]
+        return result
+
+    def require(self, families: Iterable[str]) -> None:
+        """Raise a ValueError that names the first family that is absent."""
+        for family in families:
+            if family == "bce" and "bce_pos_sum" in self.names:
+                continue
+            for name in FAMILY_COLUMNS[family]:
+                self[name]
+
+    # Combining
+
+    def add_voxels(self, other: Statistics) -> Statistics:
+        """Add the sums of other voxels of the same samples, on the caller's word that they are."""
+        if self.names != other.names:
+            raise ValueError(
+                f"statistics must hold the same columns, got {', '.join(self.names)} and "
+                f"{', '.join(other.names)}"
+            )
+        if self.array.shape != other.array.shape:
+            raise ValueError(
+                f"statistics must be of the same samples and classes, got shapes "
+                f"{self.array.shape[:2]} and {other.array.shape[:2]}"
+            )
+        if None not in (self.samples, other.samples) and self.samples != other.samples:
+            raise ValueError(
+                f"statistics must be of the same samples, got {self.samples} and {other.samples}; "
+                "join other samples with fastseg.concatenate_statistics"
+            )
+        return Statistics(self.array + other.array, self.names, self.samples or other.samples)
+
+    def __add__(self, other: object) -> Statistics:
+        if isinstance(other, int) and other == 0:  # the start of sum(...)
+            return self
+        if not isinstance(other, Statistics):
+            return NotImplemented
+        if self.samples is None or other.samples is None:
+            raise ValueError(
+                "adding statistics joins voxels of the same samples, and these do not say whose "
+                "they are: pass samples= when they are made, or call add_voxels; join other "
+                "samples with fastseg.concatenate_statistics"
+            )
+        return self.add_voxels(other)
+
+    __radd__ = __add__
+
+    def over_batch(self) -> Statistics:
+        """Add up the samples: one sample that holds all voxels of the batch."""
+        return Statistics(self.array.sum(axis=0, keepdims=True), self.names)
+
+    # Checking and scores
+
+    def check(self) -> None:
+        """Raise a ValueError if any target (or probability) was outside the allowed values."""
+        invalid = int(self["invalid"].sum())
+        if invalid:
+            raise ValueError(
+                f"{invalid} of {int(self['count'].sum())} voxels have a target (or probability) "
+                "outside the allowed values"
+            )
+
+    def counts(self) -> dict[str, NDArray[np.int64]]:
+        """Return the hard counts tp, fp, fn and tn, each int64 (N, C).
+
+        Needs ``track=("hard",)``.
+        """
+        hits, over, under = (
+            self[f"hard_{n}"] for n in ("true_positives", "false_positives", "false_negatives")
+        )
+        rest = self["count"] - hits - over - under
+        values = {"tp": hits, "fp": over, "fn": under, "tn": rest}
+        return {name: value.astype(np.int64) for name, value in values.items()}
+
+    def jaccard_index(
+        self, *, reduction: str = "mean", empty: float = float("nan")
+    ) -> NDArray[np.float64] | np.float64:
+        """Return the hard Jaccard index tp / (tp + fp + fn), from ``track=("hard",)``.
+
+        Parameters
+        ----------
+        reduction
+            "none": float64 (N, C); "mean": over the rows that are not NaN; "sum".
+        empty
+            Score where neither prediction nor target has foreground.
+        """
+        counts = self.counts()
+        return reduce_scores(jaccard_from_counts(counts, empty), self["undefined"], reduction)
+
+    def dice_score(
+        self, *, reduction: str = "mean", empty: float = float("nan")
+    ) -> NDArray[np.float64] | np.float64:
+        """Return the hard Dice score 2 tp / (2 tp + fp + fn); options as in `jaccard_index`."""
+        counts = self.counts()
+        return reduce_scores(dice_from_counts(counts, empty), self["undefined"], reduction)
+
+    # Storing
+
+    def to_json(self) -> str:
+        """Return a JSON document that `from_json` reads back exactly."""
+        document = {
+            "names": self.names,
+            "samples": self.samples,
+            "array": [[[_number(v) for v in row] for row in sample] for sample in self.array],
+            "shape": self.array.shape,
+        }
+        return json.dumps(document, allow_nan=False)
+
+    @staticmethod
+    def from_json(text: str) -> Statistics:
+        """Read what `to_json` wrote."""
+        document = json.loads(text)
+        try:
+            array = np.array(document["array"], np.float64).reshape(document["shape"])
+            return Statistics(array, document["names"], document["samples"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a JSON document of Statistics: {error!r}") from error
+
+
+def _number(value: float) -> float | str:
+    """JSON has no NaN or infinity; float() reads their names back."""
+    return float(value) if np.isfinite(value) else str(float(value))
+
+
+def concatenate_statistics(statistics: Iterable[Statistics]) -> Statistics:
+    """Join statistics of different samples along the sample axis.
+
+    Raises
+    ------
+    ValueError
+        If there are none, if they hold different columns or numbers of classes, or if two of them
+        name the same sample.
+    """
+    parts = list(statistics)
+    if not parts:
+        raise ValueError("concatenate_statistics needs at least one Statistics, got none")
+    first = parts[0]
+    for part in parts[1:]:
+        if part.names != first.names or part.array.shape[1] != first.array.shape[1]:
+            raise ValueError(
+                f"statistics must hold the same columns and classes, got {first.names} with "
+                f"{first.array.shape[1]} and {part.names} with {part.array.shape[1]} classes"
+            )
+    samples: tuple[str, ...] | None = None
+    if all(part.samples is not None for part in parts):
+        samples = tuple(name for part in parts for name in part.samples or ())
+        repeated = sorted({name for name in samples if samples.count(name) > 1})
+        if repeated:
+            raise ValueError(
+                f"samples {', '.join(repeated)} come twice; voxels of one sample are added with +"
+            )
+    return Statistics(np.concatenate([part.array for part in parts]), first.names, samples)
+
+
+__all__ = ["Statistics", "columns", "concatenate_statistics"]

@@ -1,0 +1,358 @@
+"""The terms of a loss: what each is, as a row of numbers.
+
+To add a region loss, write a class that returns its row (see `RegionTerm`): no kernel, no
+derivative. ``tests/test_terms.py`` checks every class found here against finite differences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastseg.losses import Loss
+from fastseg_kernels.constants import (
+    EMPTY,
+    KIND_BCE,
+    KIND_REGION,
+    LINKS,
+    NORMALIZE,
+    TERM_FIELDS,
+)
+
+Link = Literal["one_minus", "negative", "log", "power"]
+Empty = Literal["formula", "one", "zero", "skip"]
+Scope = Literal["sample", "batch"]
+
+
+def _choice(name: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+
+
+def _not_negative(term: object, *names: str) -> None:
+    for name in names:
+        value = getattr(term, name)
+        if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Term(Loss):
+    """One term. It is a loss by itself; terms add up and are multiplied by numbers.
+
+    Parameters
+    ----------
+    classes
+        Indices of the classes that count; None for all. Negative indices count from the end.
+    class_weights
+        One factor per class of the logits, or None. The mean still divides by the number of
+        classes (or voxels), not by the sum of the factors.
+    """
+
+    classes: tuple[int, ...] | None = None
+    class_weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options and make sequences hashable."""
+        for name in ("classes", "class_weights"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, tuple(np.asarray(value).tolist()))
+        if self.class_weights is not None and not all(
+            math.isfinite(weight) and weight >= 0 for weight in self.class_weights
+        ):
+            raise ValueError(f"class_weights must be finite and >= 0, got {self.class_weights}")
+        if self.classes is not None and not all(isinstance(c, int) for c in self.classes):
+            raise ValueError(f"classes must be integers, got {self.classes}")
+
+    @property
+    def parts(self) -> tuple[tuple[float, Term], ...]:
+        """Return the term itself, once."""
+        return ((1.0, self),)
+
+    def needs(self) -> frozenset[str]:
+        """Return the families of sums that the term is made of."""
+        raise NotImplementedError  # every class below says so
+
+    def row(self) -> dict[str, float]:
+        """Return the term's entries in the table (see `constants.TERM_FIELDS`)."""
+        raise NotImplementedError  # every class below says so
+
+    def weights_of_classes(self, count: int) -> NDArray[np.float64]:
+        """Return the factor of each of ``count`` classes, NaN for those that do not count."""
+        weights = np.ones(count)
+        if self.class_weights is not None:
+            if len(self.class_weights) != count:
+                raise ValueError(
+                    f"class_weights must have one entry per class, got "
+                    f"{len(self.class_weights)} for {count} classes"
+                )
+            weights[:] = self.class_weights
+        if self.classes is not None:
+            if not all(-count <= c < count for c in self.classes):
+                raise ValueError(f"classes must be in [0, {count}), got {self.classes}")
+            chosen = np.full(count, np.nan)
+            for c in self.classes:
+                chosen[c] = weights[c]
+            weights = chosen
+        return weights
+
+    def __repr__(self) -> str:
+        given = (
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        )
+        return f"{type(self).__name__}({', '.join(given)})"
+
+
+@dataclass(frozen=True, repr=False)
+class BCE(Term):
+    r"""Binary cross-entropy, the negative log-likelihood of every voxel.
+
+    .. math:: -\sum_i w\, p_i \log q_i + (1 - p_i) \log(1 - q_i)
+
+    with the weight w = ``pos_weight`` of the foreground.
+
+    Parameters
+    ----------
+    pos_weight
+        Factor of the foreground's part, > 0.
+    normalize
+        "valid": divide by the number of valid voxels (of the batch for ``reduction="mean"``, of
+        each row else); "all": by the number of all voxels; None: the sum per sample and class, as
+        the source defines it; ``reduction="mean"`` then averages these sums.
+    classes, class_weights
+        See `Term`.
+
+    Notes
+    -----
+    Probabilities of exactly 0 and 1 (``activation=None``) have their logarithms clamped at -100,
+    as in PyTorch. A weight map multiplies the voxels' losses; the divisor stays the number of
+    voxels.
+
+    Examples
+    --------
+    >>> import numpy as np, fastseg as fs
+    >>> logits = np.array([[[0.0, 2.0]]], np.float32)  # (1, 1, 2)
+    >>> targets = np.array([[[0, 1]]], np.uint8)
+    >>> round(float(fs.BCE()(logits, targets)), 5)
+    0.41004
+    """
+
+    pos_weight: float = 1.0
+    normalize: Literal["valid", "all"] | None = "valid"
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        _not_negative(self, "pos_weight")
+        _choice("normalize", self.normalize, ("valid", "all", None))
+
+    def needs(self) -> frozenset[str]:
+        """Need the two sums apart only where they are weighted apart."""
+        return frozenset({"bce" if self.pos_weight == 1.0 else "bce_split"})
+
+    def row(self) -> dict[str, float]:
+        """Return the term's entries in the table."""
+        return {
+            "kind": KIND_BCE,
+            "pos_weight": self.pos_weight,
+            "normalize": NORMALIZE.index(self.normalize or "sum"),
+        }
+
+
+@dataclass(frozen=True, repr=False)
+class RegionTerm(Term):
+    """A loss that is a quotient of sums over a region.
+
+    With P = sum p, F = sum p (1 - q) (missed) and G = sum (1 - p) q (false alarms), a subclass
+    names in ``ERRORS`` the (F, G) coefficients of its numerator's complement, and in ``SIZES`` the
+    (P, F, G) coefficients of its denominator:
+
+        score = 1 - (ERRORS . (F, G) + smooth_den - smooth_num) / max(SIZES . (P, F, G)
+                + smooth_den, eps)
+
+    Parameters
+    ----------
+    smooth_num, smooth_den
+        Added to the numerator and to the denominator of the score. No smoothing by default.
+    eps
+        Least value of the denominator (and of the score in ``link="log"``).
+    link
+        The loss as a function of the score: "one_minus" 1 - score, "negative" -score, "log"
+        -log(score), "power" (1 - score)^gamma.
+    gamma
+        Exponent of ``link="power"``.
+    scope
+        "sample": a score per sample and class; "batch": per class, over all voxels of the batch.
+    empty
+        Score of a row without foreground (P = 0): "formula" (what the formula gives; NaN at 0/0),
+        "one" (loss 0), "zero", or "skip" (left out of the mean).
+    classes, class_weights
+        See `Term`.
+    """
+
+    smooth_num: float = 0.0
+    smooth_den: float = 0.0
+    eps: float = 0.0
+    link: Link = "one_minus"
+    gamma: float = 1.0
+    scope: Scope = "sample"
+    empty: Empty = "formula"
+
+    ERRORS: ClassVar[tuple[float, float]]
+    SIZES: ClassVar[tuple[float, float, float]]
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        _not_negative(self, "smooth_num", "smooth_den", "eps", "gamma")
+        _choice("link", self.link, LINKS)
+        _choice("scope", self.scope, ("sample", "batch"))
+        _choice("empty", self.empty, EMPTY)
+
+    def needs(self) -> frozenset[str]:
+        """Need the overlap sums."""
+        return frozenset({"overlap"})
+
+    def errors(self) -> tuple[float, float]:
+        """Return the coefficients of (F, G) in denominator - numerator."""
+        return self.ERRORS
+
+    def sizes(self) -> tuple[float, float, float]:
+        """Return the coefficients of (P, F, G) in the denominator."""
+        return self.SIZES
+
+    def row(self) -> dict[str, float]:
+        """Return the term's entries in the table."""
+        missed, false_alarm = self.errors()
+        size_p, size_f, size_g = self.sizes()
+        return {
+            "kind": KIND_REGION,
+            "num_f": missed,
+            "num_g": false_alarm,
+            "num_0": self.smooth_den - self.smooth_num,
+            "den_p": size_p,
+            "den_f": size_f,
+            "den_g": size_g,
+            "den_0": self.smooth_den,
+            "eps": self.eps,
+            "link": LINKS.index(self.link),
+            "gamma": self.gamma,
+            "batch": self.scope == "batch",
+            "empty": EMPTY.index(self.empty),
+        }
+
+
+@dataclass(frozen=True, repr=False)
+class SoftJaccard(RegionTerm):
+    r"""One minus the soft Jaccard index.
+
+    .. math:: 1 - \frac{I}{P + Q - I} = \frac{F + G}{P + G}
+
+    with I = sum p q, P = sum p, Q = sum q; options as in `RegionTerm`.
+
+    References
+    ----------
+    Rahman and Wang, Optimizing intersection-over-union in deep neural networks for image
+    segmentation, ISVC 2016, equation 3.
+
+    Examples
+    --------
+    >>> import numpy as np, fastseg as fs
+    >>> probs = np.array([[[0.5, 1.0, 0.0]]])  # (1, 1, 3)
+    >>> targets = np.array([[[True, True, False]]])
+    >>> float(fs.SoftJaccard().replace(activation=None)(probs, targets))  # 1 - 1.5 / 2
+    0.25
+    """
+
+    ERRORS: ClassVar[tuple[float, float]] = (1.0, 1.0)
+    SIZES: ClassVar[tuple[float, float, float]] = (1.0, 0.0, 1.0)
+
+
+@dataclass(frozen=True, repr=False)
+class SoftDice(RegionTerm):
+    r"""One minus the soft Dice score.
+
+    .. math:: 1 - \frac{2 I}{P + Q} = \frac{F + G}{2 P - F + G}
+
+    ``smooth_num`` is added to 2 I and ``smooth_den`` to P + Q; options as in `RegionTerm`.
+
+    References
+    ----------
+    Milletari, Navab and Ahmadi, V-Net, 3DV 2016 (without their squares).
+
+    Examples
+    --------
+    >>> import numpy as np, fastseg as fs
+    >>> probs = np.array([[[0.5, 1.0, 0.0]]])  # (1, 1, 3)
+    >>> targets = np.array([[[True, True, False]]])
+    >>> round(float(fs.SoftDice().replace(activation=None)(probs, targets)), 6)  # 1 - 3 / 3.5
+    0.142857
+    """
+
+    ERRORS: ClassVar[tuple[float, float]] = (1.0, 1.0)
+    SIZES: ClassVar[tuple[float, float, float]] = (2.0, -1.0, 1.0)
+
+
+@dataclass(frozen=True, repr=False)
+class Tversky(RegionTerm):
+    r"""One minus the Tversky index.
+
+    .. math:: 1 - \frac{I}{I + \alpha\, G + \beta\, F}
+              = \frac{\beta F + \alpha G}{P + (\beta - 1) F + \alpha G}
+
+    ``alpha`` weighs false alarms (G) and ``beta`` missed foreground (F): 1 and 1 give the Jaccard
+    index, 0.5 and 0.5 Dice. With ``link="power"`` it is the focal Tversky loss. Further options as
+    in `RegionTerm`.
+
+    References
+    ----------
+    Salehi, Erdogmus and Gholipour, Tversky loss function for image segmentation using 3D fully
+    convolutional deep networks, MLMI 2017, equation 3.
+
+    Examples
+    --------
+    >>> import numpy as np, fastseg as fs
+    >>> probs = np.array([[[0.5, 1.0, 0.0]]])  # (1, 1, 3)
+    >>> targets = np.array([[[True, True, False]]])
+    >>> loss = fs.Tversky(alpha=0.3, beta=0.7).replace(activation=None)
+    >>> round(float(loss(probs, targets)), 6)  # 1 - 1.5 / (1.5 + 0.7 * 0.5)
+    0.189189
+    """
+
+    alpha: float = 0.5
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        _not_negative(self, "alpha", "beta")
+
+    def errors(self) -> tuple[float, float]:
+        """Return the coefficients of (F, G) in denominator - numerator."""
+        return (self.beta, self.alpha)
+
+    def sizes(self) -> tuple[float, float, float]:
+        """Return the coefficients of (P, F, G) in the denominator."""
+        return (1.0, self.beta - 1.0, self.alpha)
+
+
+def table_of(
+    parts: tuple[tuple[float, Term], ...], classes: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the table of terms (T, fields) and the class weights (T, C)."""
+    table = np.zeros((len(parts), len(TERM_FIELDS)))
+    weights = np.empty((len(parts), classes))
+    for k, (weight, term) in enumerate(parts):
+        for name, value in {"weight": weight, **term.row()}.items():
+            table[k, TERM_FIELDS.index(name)] = value
+        weights[k] = term.weights_of_classes(classes)
+    return table, weights

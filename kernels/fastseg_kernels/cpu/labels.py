@@ -1,0 +1,101 @@
+"""Counts of label volumes: hard Jaccard and Dice of many classes in one read."""
+
+from __future__ import annotations
+
+from functools import cache
+from math import prod
+from typing import Any
+
+import numpy as np
+from numba import carray
+from numpy.typing import NDArray
+
+from fastseg_kernels.cpu import threads
+from fastseg_kernels.cpu.compiled import Kernel
+from fastseg_kernels.cpu.intrinsics import address_of, pointer_to, stack_array
+from fastseg_kernels.cpu.operands import SCRATCH_WORDS, STAGE, load_labels, load_raw
+from fastseg_kernels.cpu.overlap import block_length
+from fastseg_kernels.cpu.passes import SHARED_FROM, fill_geometry
+from fastseg_kernels.cpu.stage import JOB
+from fastseg_kernels.problem import Problem
+
+HITS, PREDICTED, TRUE, VALID, INVALID_PREDICTED, INVALID_TARGET = range(6)
+COUNTS = 6
+
+
+@cache
+def label_kernel() -> Kernel:
+    """Compile the kernel that fills ``job.sums``, int64 (N, blocks, num_classes, COUNTS)."""
+
+    def count(job_address, first, last):  # type: ignore[no-untyped-def]
+        job = carray(pointer_to(job_address, JOB), 1)[0]
+        predicted, true = stack_array(STAGE, np.int64), stack_array(STAGE, np.int64)
+        keep = stack_array(STAGE, np.int64)
+        scratch = address_of(stack_array(SCRATCH_WORDS, np.int64))
+        size = COUNTS * job.classes
+        for task in range(first, last):
+            n, block = task // job.blocks, task % job.blocks
+            table = pointer_to(job.sums + 8 * size * task, np.int64)
+            for k in range(size):
+                table[k] = 0
+            voxel, end = block * job.block, min(job.voxels, (block + 1) * job.block)
+            while voxel < end:
+                length = min(STAGE, end - voxel)
+                raw = load_raw(job.logits, job, n, 0, voxel, length, scratch)
+                load_labels(raw, job.logits.code, length, predicted)
+                raw = load_raw(job.targets, job, n, 0, voxel, length, scratch)
+                load_labels(raw, job.targets.code, length, true)
+                if job.mask.address != 0:
+                    raw = load_raw(job.mask, job, n, 0, voxel, length, scratch)
+                    load_labels(raw, job.mask.code, length, keep)
+                for i in range(length):
+                    p, t = predicted[i], true[i]
+                    if job.has_ignore != 0 and t == job.ignore_label:
+                        continue
+                    if job.mask.address != 0 and keep[i] == 0:
+                        continue
+                    table[VALID] += 1
+                    known_p, known_t = 0 <= p < job.classes, 0 <= t < job.classes
+                    if known_p:
+                        table[COUNTS * p + PREDICTED] += 1
+                    else:
+                        table[INVALID_PREDICTED] += 1
+                    if known_t:
+                        table[COUNTS * t + TRUE] += 1
+                    else:
+                        table[INVALID_TARGET] += 1
+                    if known_p and p == t:
+                        table[COUNTS * p + HITS] += 1
+                voxel += length
+
+    return Kernel(count, "label-counts")
+
+
+def count_labels(problem: Problem, num_classes: int) -> NDArray[np.float64]:
+    """Return the counts of every sample and class, float64 (N, num_classes, COUNTS).
+
+    ``problem.logits`` are predicted labels here. The last axis holds true positives, predicted and
+    true voxels, valid voxels, and how many predicted and true labels are outside [0, num_classes).
+    """
+    operands = {"logits": problem.logits, "targets": problem.targets}
+    if problem.mask is not None:
+        operands["mask"] = problem.mask
+    shape = problem.shape
+    job: Any = np.zeros(1, JOB)
+    record = job[0]
+    fill_geometry(record, shape, operands)
+    voxels = prod(shape[2:])
+    # A block's table is num_classes rows: long blocks keep it small beside the labels it counts.
+    block = max(block_length(voxels), 64 * num_classes)
+    record["voxels"], record["block"], record["blocks"] = voxels, block, -(-voxels // block)
+    record["classes"] = num_classes
+    record["has_ignore"] = problem.ignore_index is not None
+    record["ignore_label"] = problem.ignore_index or 0
+    blocks = -(-voxels // block)
+    tables = np.empty((shape[0], blocks, num_classes, COUNTS), np.int64)
+    record["sums"] = tables.ctypes.data
+    tasks = shape[0] * blocks
+    threads.run(label_kernel(), job.ctypes.data, tasks, prod(shape) >= SHARED_FROM)
+    counts = tables.sum(axis=1).astype(np.float64)
+    counts[:, :, VALID:] = counts[:, :1, VALID:]  # of the sample, whatever the class
+    return counts

@@ -1,0 +1,79 @@
+"""The logistic function over a volume: one read, one write."""
+
+from __future__ import annotations
+
+from functools import cache
+from math import prod
+from typing import Any
+
+import numpy as np
+from numba import carray, njit
+
+from fastseg_kernels.cpu import threads
+from fastseg_kernels.cpu.compiled import OPTIONS, Kernel
+from fastseg_kernels.cpu.elementary import REALS, make_exp_negative
+from fastseg_kernels.cpu.intrinsics import address_of, pointer_to, stack_array, wide_vectors
+from fastseg_kernels.cpu.operands import (
+    SCRATCH_WORDS,
+    STAGE,
+    load_raw,
+    make_load_reals,
+    make_store_reals,
+    store_raw,
+)
+from fastseg_kernels.cpu.overlap import block_length
+from fastseg_kernels.cpu.passes import SHARED_FROM, compute_type, fill_geometry
+from fastseg_kernels.cpu.stage import JOB
+from fastseg_kernels.views import View
+
+
+@cache
+def sigmoid_kernel(real_name: str) -> Kernel:
+    """Compile the kernel that writes sigma(``job.logits``) to ``job.out``."""
+    real = REALS[real_name]
+    T = real.scalar
+    zero, one = T(0), T(1)
+    exp_negative = make_exp_negative(real)
+    load_reals, store_reals = make_load_reals(real), make_store_reals(real)
+
+    @njit(**OPTIONS)  # type: ignore[untyped-decorator]
+    def probabilities(x, count, q):  # type: ignore[no-untyped-def]
+        wide_vectors()
+        for i in range(count):
+            e = exp_negative(abs(x[i]))
+            r = one / (one + e)
+            q[i] = r if x[i] >= zero else e * r
+
+    def sigmoid(job_address, first, last):  # type: ignore[no-untyped-def]
+        job = carray(pointer_to(job_address, JOB), 1)[0]
+        x, q = stack_array(STAGE, T), stack_array(STAGE, T)
+        scratch = address_of(stack_array(SCRATCH_WORDS, np.int64))
+        for block in range(first, last):
+            voxel, end = block * job.block, min(job.voxels, (block + 1) * job.block)
+            while voxel < end:
+                count = min(STAGE, end - voxel)
+                raw = load_raw(job.logits, job, 0, 0, voxel, count, scratch)
+                load_reals(raw, job.logits.code, count, x)
+                probabilities(x, count, q)
+                store_reals(q, count, job.out.code, scratch)
+                store_raw(job.out, job, 0, 0, voxel, count, scratch)
+                voxel += count
+
+    return Kernel(sigmoid, f"sigmoid-{real_name}")
+
+
+def sigmoid(x: View, out: View) -> None:
+    """Write the logistic function of ``x`` to ``out``, an array of the same shape (or ``x``)."""
+    job: Any = np.zeros(1, JOB)
+    record = job[0]
+    shape = (1, 1, *x.shape)
+    rows = {
+        name: view._replace(shape=shape, strides=(0, 0, *view.strides))
+        for name, view in (("logits", x), ("out", out))
+    }
+    fill_geometry(record, shape, rows)
+    voxels = prod(x.shape)
+    block = block_length(voxels)
+    record["voxels"], record["block"] = voxels, block
+    kernel = sigmoid_kernel(compute_type(x.dtype))
+    threads.run(kernel, job.ctypes.data, -(-voxels // block), voxels >= SHARED_FROM)

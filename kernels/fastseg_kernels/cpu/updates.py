@@ -1,0 +1,312 @@
+"""Parameter updates of whole lists of arrays: gradient descent, momentum, Adam.
+
+The arrays of a list are laid end to end, in thought, and cut into tasks of `CHUNK` elements. A task
+may hold many small arrays or a part of a large one, so 2000 arrays of 1000 elements are one
+parallel region. Every element is read and written once, whatever is asked of the step: the scale
+of the gradients, weight decay and the zeroing of the gradients belong to the same pass.
+
+The rules are those of ``reference/updates.py``, under the same names. Three kernels serve all of
+them. With g <- grad_scale g + l2 theta, and coefficients that Python computes in float64:
+
+    descent    theta <- theta - lr g
+    momentum   v <- keep v + add g;  theta <- theta - (by_v v + by_g g)
+    adam       m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) g^2
+               theta <- (theta - decay theta) - rate m / (root sqrt(v) + eps)
+
+with rate = lr / (1 - beta1^t) and root = 1 / sqrt(1 - beta2^t), so that the fraction is Algorithm
+1's. An element depends on nothing but itself: its bits are the same whatever the number of threads.
+
+A factor that acts on a state step after step is kept as two floats, high + low. 0.999 rounded to
+float32 is off by 1.3e-8, which is little, but 1 - 0.999 is then off by 1.3e-5, and so is v_hat in
+the long run (PyTorch's float32 moments have that error).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from math import prod, sqrt
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import carray, njit
+from numpy.typing import NDArray
+
+from fastseg_kernels.cpu import threads
+from fastseg_kernels.cpu.compiled import INLINED, OPTIONS, Kernel
+from fastseg_kernels.cpu.elementary import REALS
+from fastseg_kernels.cpu.intrinsics import fma, pointer_to, wide_vectors
+from fastseg_kernels.views import View
+
+CHUNK = 4096
+"""Elements of a task: its gradients are still in the cache (16 or 32 KB) when they are zeroed, and
+finding its first array costs nothing beside them."""
+SHARED_FROM = 16384
+"""Elements from which a second thread pays for itself: about 5 us of work."""
+COEFFICIENTS = 8
+
+TENSOR = np.dtype(
+    [
+        ("param", np.int64),
+        ("grad", np.int64),
+        ("first", np.int64),  # address of the velocity or of exp_avg; 0 without states
+        ("second", np.int64),  # address of exp_avg_sq
+        ("size", np.int64),  # elements, at least 1
+    ]
+)
+TASK = np.dtype([("tensor", np.int64), ("start", np.int64)])  # where a task begins
+JOB = np.dtype(
+    [
+        ("tensors", np.int64),  # address of the records, one `TENSOR` each
+        ("tasks", np.int64),  # address of the records, one `TASK` each
+        ("elements", np.int64),  # of all tensors
+        ("zero_grads", np.int64),
+        ("coefficients", np.float64, (COEFFICIENTS,)),
+    ]
+)
+"""What a kernel is told; every pointer of a tensor is valid for ``size`` elements."""
+COEFFICIENTS_AT = JOB.fields["coefficients"][1]  # type: ignore[index]
+TASK_BYTES, TENSOR_BYTES = TASK.itemsize, TENSOR.itemsize
+
+
+@njit(**INLINED)  # type: ignore[untyped-decorator]
+def _decayed(state, high, low, added):  # type: ignore[no-untyped-def]
+    """(high + low) state + added"""
+    return fma(high, state, fma(low, state, added))
+
+
+def _make_descent(T: Any) -> Any:
+    @njit(**INLINED)  # type: ignore[untyped-decorator]
+    def point(theta, g, scale, l2, lr):  # type: ignore[no-untyped-def]
+        return fma(-lr, fma(l2, theta, scale * g), theta)
+
+    @njit(**OPTIONS)  # type: ignore[untyped-decorator]
+    def descent(param, grad, first, second, count, k):  # type: ignore[no-untyped-def]
+        wide_vectors()
+        scale, l2, lr = T(k[0]), T(k[1]), T(k[2])
+        for i in range(count):
+            param[i] = point(param[i], grad[i], scale, l2, lr)
+
+    return descent
+
+
+def _make_momentum(T: Any) -> Any:
+    @njit(**INLINED)  # type: ignore[untyped-decorator]
+    def point(theta, g, v, scale, l2, keep, keep_low, add, by_v, by_g):  # type: ignore[no-untyped-def]
+        g = fma(l2, theta, scale * g)
+        v = _decayed(v, keep, keep_low, add * g)
+        return theta - fma(by_v, v, by_g * g), v
+
+    @njit(**OPTIONS)  # type: ignore[untyped-decorator]
+    def momentum(param, grad, velocity, second, count, k):  # type: ignore[no-untyped-def]
+        wide_vectors()
+        scale, l2 = T(k[0]), T(k[1])
+        keep, add, by_v, by_g = T(k[2]), T(k[3]), T(k[4]), T(k[5])
+        keep_low = T(k[2] - np.float64(keep))
+        for i in range(count):
+            param[i], velocity[i] = point(
+                param[i], grad[i], velocity[i], scale, l2, keep, keep_low, add, by_v, by_g
+            )
+
+    return momentum
+
+
+def _make_adam(T: Any) -> Any:
+    @njit(**OPTIONS)  # type: ignore[untyped-decorator]
+    def adam(param, grad, exp_avg, exp_avg_sq, count, k):  # type: ignore[no-untyped-def]
+        wide_vectors()
+        scale, l2, decay, eps = T(k[0]), T(k[1]), T(k[2]), T(k[5])
+        beta1, beta2, rate, root = T(k[3]), T(k[4]), T(k[6]), T(k[7])
+        low1, low2 = T(k[3] - np.float64(beta1)), T(k[4] - np.float64(beta2))
+        new1, new2 = T(1.0 - k[3]), T(1.0 - k[4])
+        for i in range(count):
+            theta = param[i]
+            g = fma(l2, theta, scale * grad[i])
+            m = _decayed(exp_avg[i], beta1, low1, new1 * g)
+            v = _decayed(exp_avg_sq[i], beta2, low2, new2 * g * g)
+            theta = fma(-decay, theta, theta)
+            param[i] = fma(-rate, m / fma(root, np.sqrt(v), eps), theta)
+            exp_avg[i], exp_avg_sq[i] = m, v
+
+    return adam
+
+
+_RULES: dict[str, Callable[[Any], Any]] = {
+    "descent": _make_descent,
+    "momentum": _make_momentum,
+    "adam": _make_adam,
+}
+
+
+@cache
+def update_kernel(rule: str, real: str) -> Kernel:
+    """Compile the kernel of a rule ("descent", "momentum", "adam") for a dtype; once per process."""
+    T = REALS[real].scalar
+    item = np.dtype(T).itemsize
+    update = _RULES[rule](T)
+
+    def updates(job_address, first_task, last_task):  # type: ignore[no-untyped-def]
+        job = carray(pointer_to(job_address, JOB), 1)[0]
+        k = pointer_to(job_address + COEFFICIENTS_AT, np.float64)
+        for index in range(first_task, last_task):
+            task = carray(pointer_to(job.tasks + index * TASK_BYTES, TASK), 1)[0]
+            tensor, start = task.tensor, task.start
+            left = min(CHUNK, job.elements - index * CHUNK)
+            while left > 0:
+                row = carray(pointer_to(job.tensors + tensor * TENSOR_BYTES, TENSOR), 1)[0]
+                count = min(left, row.size - start)
+                param = pointer_to(row.param + start * item, T)
+                grad = pointer_to(row.grad + start * item, T)
+                first = pointer_to(row.first + start * item, T)
+                second = pointer_to(row.second + start * item, T)
+                update(param, grad, first, second, count, k)
+                if job.zero_grads != 0:
+                    for i in range(count):
+                        grad[i] = T(0)
+                left -= count
+                tensor, start = tensor + 1, 0
+
+    return Kernel(updates, f"{rule}-{real}")
+
+
+
+class _Part(NamedTuple):
+    """The arrays of one dtype: a job whose addresses are those of the other fields."""
+
+    real: str
+    indices: list[int]  # which arrays of the list; those without elements are left out
+    tensors: NDArray[Any]  # one `TENSOR` per index
+    tasks: NDArray[Any]
+    job: NDArray[Any]
+    coefficients: NDArray[np.float64]  # a view of the job's
+    address: int  # of the job
+    elements: int
+
+
+class Table:
+    """Where the arrays of a list lie and how they are cut into tasks; made once per optimiser.
+
+    Parameters
+    ----------
+    params
+        The parameters, float32 or float64, each one run of memory (in any order of axes).
+    states
+        For each state of the rule (none, velocity, or exp_avg and exp_avg_sq) as many arrays,
+        each of its parameter's dtype and strides.
+
+    Notes
+    -----
+    The table holds addresses, not arrays: the caller keeps all of them alive, and points the table
+    elsewhere with `set_params` and `set_grads` before memory moves. The gradients are set before
+    the first step.
+    """
+
+    def __init__(self, params: Sequence[View], states: Sequence[Sequence[View]]) -> None:
+        self._parts: list[_Part] = []
+        for real in sorted({view.dtype for view in params}):
+            sizes = [prod(view.shape) if view.dtype == real else 0 for view in params]
+            indices = [i for i, size in enumerate(sizes) if size > 0]
+            tensors = np.zeros(len(indices), TENSOR)
+            tensors["size"] = [sizes[i] for i in indices]
+            for name, views in zip(("first", "second"), states, strict=False):
+                tensors[name] = [views[i].address for i in indices]
+            ends = np.cumsum(tensors["size"])
+            elements = sum(sizes)
+            position = np.arange(0, elements, CHUNK)
+            tasks = np.zeros(len(position), TASK)
+            tasks["tensor"] = np.searchsorted(ends, position, side="right")
+            tasks["start"] = position - (ends - tensors["size"])[tasks["tensor"]]
+            job = np.zeros(1, JOB)
+            job["tensors"], job["tasks"] = tensors.ctypes.data, tasks.ctypes.data
+            job["elements"] = elements
+            coefficients = job["coefficients"][0]
+            self._parts.append(
+                _Part(real, indices, tensors, tasks, job, coefficients, job.ctypes.data, elements)
+            )
+        self.set_params(params)
+
+    def set_params(self, params: Sequence[View]) -> None:
+        """Point the table at parameters of the same sizes and dtypes as before."""
+        for part in self._parts:
+            part.tensors["param"] = [params[i].address for i in part.indices]
+
+    def set_grads(self, grads: Sequence[View]) -> None:
+        """Point the table at the gradients, one per parameter, with its dtype and strides."""
+        for part in self._parts:
+            part.tensors["grad"] = [grads[i].address for i in part.indices]
+
+    def run(self, rule: str, zero_grads: bool, *coefficients: float) -> None:
+        """Run a rule's kernel over all arrays, one parallel region per dtype."""
+        for part in self._parts:
+            part.job["zero_grads"] = zero_grads
+            part.coefficients[: len(coefficients)] = coefficients
+            share = part.elements >= SHARED_FROM
+            kernel = update_kernel(rule, part.real)
+            threads.run(kernel, part.address, len(part.tasks), share)
+
+
+def gradient_descent(
+    table: Table,
+    lr: float,
+    *,
+    weight_decay: float = 0.0,
+    grad_scale: float = 1.0,
+    zero_grads: bool = False,
+) -> None:
+    """Update the parameters of ``table`` in place: theta <- theta - lr g."""
+    table.run("descent", zero_grads, grad_scale, weight_decay, lr)
+
+
+def momentum(
+    table: Table,
+    lr: float,
+    gamma: float,
+    nesterov: bool = False,
+    *,
+    weight_decay: float = 0.0,
+    grad_scale: float = 1.0,
+    zero_grads: bool = False,
+) -> None:
+    """Update parameters and velocities in place: v <- gamma v + lr g; theta <- theta - v."""
+    by_v, by_g = (gamma, lr) if nesterov else (1.0, 0.0)
+    table.run("momentum", zero_grads, grad_scale, weight_decay, gamma, lr, by_v, by_g)
+
+
+def momentum_pytorch(
+    table: Table,
+    first: bool,
+    lr: float,
+    gamma: float,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    *,
+    weight_decay: float = 0.0,
+    grad_scale: float = 1.0,
+    zero_grads: bool = False,
+) -> None:
+    """Update parameters and buffers in place as torch.optim.SGD does.
+
+    At the first step, said by ``first``, the buffers become the gradients, undamped.
+    """
+    keep, add = (0.0, 1.0) if first else (gamma, 1.0 - dampening)
+    by_v, by_g = (lr * gamma, lr) if nesterov else (lr, 0.0)
+    table.run("momentum", zero_grads, grad_scale, weight_decay, keep, add, by_v, by_g)
+
+
+def adam(
+    table: Table,
+    step: int,
+    lr: float = 1e-3,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+    grad_scale: float = 1.0,
+    zero_grads: bool = False,
+) -> None:
+    """Update parameters and both moments in place; ``step`` is 1 at the first."""
+    l2, decay = (0.0, lr * weight_decay) if decoupled else (weight_decay, 0.0)
+    rate, root = lr / (1.0 - beta1**step), 1.0 / sqrt(1.0 - beta2**step)
+    table.run("adam", zero_grads, grad_scale, l2, decay, beta1, beta2, eps, rate, root)
