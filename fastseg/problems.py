@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fastseg.libraries import Library, common_library
+from fastseg.libraries import Library, common_library, library_of
 from fastseg.options import Options
 from fastseg_kernels.constants import (
     FLOAT_DTYPES,
@@ -147,7 +147,11 @@ def _numpy_dtype(view: View) -> np.dtype[Any]:
 
 def check_out(out: Any, library: Library, problem: Problem, layout: str) -> View:
     """Check the array that a gradient is written to; return it as (N, C, *spatial)."""
-    common_library(out, "out")
+    other = library_of(out, "out")
+    if other is not library:
+        raise TypeError(
+            f"logits and out must come from one library, got {library.name} and {other.name}"
+        )
     view = library.view(out, "out", writable=True)
     logits = problem.logits
     view = with_row_axes(view, layout, "out")
@@ -159,7 +163,9 @@ def check_out(out: Any, library: Library, problem: Problem, layout: str) -> View
         raise TypeError(
             f"out must have dtype {', '.join(allowed)} for {logits.dtype} logits, got {view.dtype}"
         )
-    if any(step == 0 and size > 1 for step, size in zip(view.strides, view.shape, strict=True)):
+    if 0 not in view.shape and any(
+        step == 0 and size > 1 for step, size in zip(view.strides, view.shape, strict=True)
+    ):
         raise ValueError("out must not be a broadcast array: several voxels share its memory")
     for name in ("logits", "targets", "mask", "weights"):
         operand: View | None = getattr(problem, name)

@@ -7,6 +7,12 @@ llvmlite and Python, the CPU's name and features, the kernel's name and signatur
 can never be found. One file holds one kernel and is renamed into place whole, so any number of
 processes may start at once on one directory, and a read-only directory only costs compilation.
 
+Two kernels that were compiled in different processes must not share a symbol: the linker keeps the
+first of two functions of one name, and Numba names a function by its qualified name and a counter
+of the process. Closures of one factory (the loop over float32 and the one over float64) then swap
+code without a word. So every function of this backend is made by `function` or `inlined`, which
+put a digest of what it closes over into its name.
+
 A cache file is machine code: whoever can write to the directory can run code as its readers.
 """
 
@@ -27,6 +33,7 @@ from typing import Any
 
 import llvmlite
 import numba
+import numpy as np
 from numba import njit, types
 from numba.core import caching, compiler, serialize
 from numba.core.ccallback import CFunc
@@ -39,6 +46,14 @@ OPTIONS: dict[str, Any] = {"error_model": "numpy"}
 INLINED: dict[str, Any] = {"error_model": "numpy", "forceinline": True}
 _CHECKSUM_BYTES = 32
 _COMPILING = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    # A child forked while another thread compiles would wait forever for locks of Numba's that the
+    # thread holds: the fork waits until it is done.
+    os.register_at_fork(
+        before=_COMPILING.acquire,
+        after_in_parent=_COMPILING.release,
+        after_in_child=_COMPILING.release,
+    )
 
 
 def cache_directory() -> Path | None:
@@ -129,6 +144,38 @@ class DiskCache(caching._Cache):  # type: ignore[misc]
             LOG.info("not cached (%s): %s", error, path)
 
 
+def _content(value: Any) -> str:
+    """Describe a closed-over value so that equal descriptions mean equal machine code."""
+    if hasattr(value, "py_func"):
+        return str(value.py_func.__qualname__)
+    if isinstance(value, type | np.dtype | bool | int | float | str | np.generic):
+        return f"{type(value).__name__}({value!r})"
+    if isinstance(value, tuple):
+        return f"({', '.join(_content(item) for item in value)})"
+    raise TypeError(f"a compiled function closes over {value!r}, which has no digest")
+
+
+def _name_by_content(function: Callable[..., Any]) -> None:
+    """Make the symbol of a closure unique among all processes that share a cache."""
+    cells = function.__closure__ or ()
+    closed = zip(function.__code__.co_freevars, (c.cell_contents for c in cells), strict=True)
+    content = "; ".join(f"{name}={_content(value)}" for name, value in closed)
+    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+    function.__qualname__ = f"{function.__qualname__}.{digest}"
+
+
+def function(body: Callable[..., Any]) -> Any:
+    """Decorate a function that kernels call."""
+    _name_by_content(body)
+    return njit(**OPTIONS)(body)
+
+
+def inlined(body: Callable[..., Any]) -> Any:
+    """Decorate a function that is always inlined: point functions, single steps."""
+    _name_by_content(body)
+    return njit(**OPTIONS, forceinline=True)(body)
+
+
 class Kernel:
     """A compiled kernel ``kernel(job, first, last)``: process the tasks [first, last) of a job.
 
@@ -137,10 +184,12 @@ class Kernel:
     ``threads.py`` calls. All kernels having one signature, that driver is compiled once.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str) -> None:
+    def __init__(self, body: Callable[..., Any], name: str) -> None:
         self.name = name
+        body.__qualname__ = f"{name}."
+        _name_by_content(body)
         signature = (KERNEL_SIGNATURE.args, KERNEL_SIGNATURE.return_type)
-        compiled = CFunc(function, signature, {}, OPTIONS)
+        compiled = CFunc(body, signature, {}, OPTIONS)
         compiled._cache = DiskCache(name)
         with _COMPILING:
             compiled.compile()
@@ -155,8 +204,9 @@ class Kernel:
 def jit(name: str, signature: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Compile a function for one signature, through the cache; it never compiles for another."""
 
-    def compile_now(function: Callable[..., Any]) -> Any:
-        dispatcher = njit(**OPTIONS, **options)(function)
+    def compile_now(body: Callable[..., Any]) -> Any:
+        _name_by_content(body)
+        dispatcher = njit(**OPTIONS, **options)(body)
         dispatcher._cache = DiskCache(name)
         with _COMPILING:
             dispatcher.compile(signature)

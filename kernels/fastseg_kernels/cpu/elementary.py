@@ -13,9 +13,8 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
-from fastseg_kernels.cpu.compiled import INLINED
+from fastseg_kernels.cpu.compiled import inlined
 from fastseg_kernels.cpu.intrinsics import bits_of, fma, from_bits
 
 
@@ -44,16 +43,16 @@ FLOAT64 = Real(
 REALS = {"float32": FLOAT32, "float64": FLOAT64}
 
 
-def _horner(coefficients: tuple[Any, ...], inlined: dict[str, Any]) -> Any:
+def _horner(coefficients: tuple[Any, ...]) -> Any:
     """Return a function of x for c0 + c1 x + c2 x^2 + ..., unrolled at compile time."""
     last = coefficients[-1]
 
-    @njit(**inlined)  # type: ignore[untyped-decorator]
+    @inlined
     def innermost(x):  # type: ignore[no-untyped-def]
         return last
 
     def wrap(inner: Any, constant: Any) -> Any:
-        @njit(**inlined)  # type: ignore[untyped-decorator]
+        @inlined
         def outer(x):  # type: ignore[no-untyped-def]
             return fma(inner(x), x, constant)
 
@@ -83,9 +82,9 @@ def make_exp_negative(real: Real) -> Any:
     rounder = T(1.5 * 2.0**real.fraction_bits + real.exponent_bias)
     limit, one = T(real.exp_limit), T(1)
     shift = I(real.fraction_bits)
-    polynomial = _horner(tuple(T(c) for c in real.exp_coefficients), INLINED)
+    polynomial = _horner(tuple(T(c) for c in real.exp_coefficients))
 
-    @njit(**INLINED)  # type: ignore[untyped-decorator]
+    @inlined
     def exp_negative(a):  # type: ignore[no-untyped-def]
         a = limit if limit < a else a  # in this order NaN stays
         shifted = fma(a, -log2_e, rounder)
@@ -107,9 +106,9 @@ def make_log1p(real: Real) -> Any:
     one, two, zero, ln2 = T(1), T(2), T(0), T(math.log(2))
     shift = I(real.fraction_bits)
     sqrt_half = I(np.array(math.sqrt(0.5), T).view(I))
-    series = _horner(tuple(T(2 / (2 * k + 1)) for k in range(real.atanh_terms)), INLINED)
+    series = _horner(tuple(T(2 / (2 * k + 1)) for k in range(real.atanh_terms)))
 
-    @njit(**INLINED)  # type: ignore[untyped-decorator]
+    @inlined
     def log1p(s):  # type: ignore[no-untyped-def]
         bits = bits_of(one + s)
         n = I(I(bits - sqrt_half) >> shift)
@@ -130,9 +129,9 @@ def make_log(real: Real) -> Any:
     smallest_normal = T(np.finfo(T).tiny)
     lift, lifted_by = T(2.0 ** (real.fraction_bits + 1)), T(real.fraction_bits + 1)
     minus_infinity = T(-np.inf)
-    series = _horner(tuple(T(2 / (2 * k + 1)) for k in range(real.atanh_terms)), INLINED)
+    series = _horner(tuple(T(2 / (2 * k + 1)) for k in range(real.atanh_terms)))
 
-    @njit(**INLINED)  # type: ignore[untyped-decorator]
+    @inlined
     def log(u):  # type: ignore[no-untyped-def]
         subnormal = u < smallest_normal
         v = u * lift if subnormal else u

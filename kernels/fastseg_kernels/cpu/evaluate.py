@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import float64, int64, njit, types
+from numba import float64, int64, types
 from numpy.typing import NDArray
 
 from fastseg_kernels.constants import (
@@ -23,7 +23,7 @@ from fastseg_kernels.constants import (
     PICKED,
     TERM_FIELDS,
 )
-from fastseg_kernels.cpu.compiled import OPTIONS, jit
+from fastseg_kernels.cpu.compiled import function, jit
 from fastseg_kernels.problem import Evaluation
 
 _F = {name: index for index, name in enumerate(TERM_FIELDS)}
@@ -40,7 +40,7 @@ NONE, MEAN = 0, 1  # of constants.REDUCTIONS
 VOXELS, COUNT, P, F, G, BCE_ALL, BCE_POS, BCE_NEG = range(len(PICKED))
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@function
 def region(term, sums):  # type: ignore[no-untyped-def]
     """Return (value, d value/d F, d value/d G, kept) of one region term for one row of sums."""
     if sums[COUNT] == 0.0:
@@ -89,13 +89,13 @@ def region(term, sums):  # type: ignore[no-untyped-def]
     return value, outer * slope_f, outer * slope_g, True
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@function
 def clamped_score(r, eps):  # type: ignore[no-untyped-def]
     """Tell whether -log(score) is held at -log(eps), as peers do (only if an eps is given)."""
     return eps > 0.0 and 1.0 - r < eps
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@function
 def add_region(term, sums, class_weights, reduction, scale, values, coefficients):  # type: ignore[no-untyped-def]
     """Evaluate a region term; return its reduced value; fill ``values`` and add to coefficients."""
     samples, classes = sums.shape[0], sums.shape[1]
@@ -133,7 +133,7 @@ def add_region(term, sums, class_weights, reduction, scale, values, coefficients
     return total * share
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@function
 def add_bce(term, sums, class_weights, reduction, scale, values, coefficients):  # type: ignore[no-untyped-def]
     """Evaluate a BCE term; return its reduced value; fill ``values`` and add to coefficients."""
     samples, classes = sums.shape[0], sums.shape[1]

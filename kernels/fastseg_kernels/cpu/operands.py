@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from fastseg_kernels.constants import (
     DTYPE_CODES,
@@ -21,7 +20,7 @@ from fastseg_kernels.constants import (
     TARGETS_AS_STORED,
     TARGETS_NONZERO,
 )
-from fastseg_kernels.cpu.compiled import OPTIONS
+from fastseg_kernels.cpu.compiled import function
 from fastseg_kernels.cpu.elementary import Real
 from fastseg_kernels.cpu.intrinsics import (
     address_of,
@@ -72,7 +71,7 @@ def fill_operand(record: Any, view: View, strides: tuple[int, ...]) -> None:
     record["strides"][: len(strides)] = strides
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@function
 def swap_bytes(address, item_size, count):  # type: ignore[no-untyped-def]
     """Reverse the bytes of each of ``count`` elements in place."""
     data = pointer_to(address, np.uint8)
@@ -86,13 +85,13 @@ def swap_bytes(address, item_size, count):  # type: ignore[no-untyped-def]
 def _make_gather(dtype: Any) -> tuple[Any, Any]:
     """Return (gather, scatter) between a strided run of ``dtype`` and a contiguous buffer."""
 
-    @njit(**OPTIONS)  # type: ignore[untyped-decorator]
+    @function
     def gather(source, stride, count, destination):  # type: ignore[no-untyped-def]
         out = pointer_to(destination, dtype)
         for i in range(count):
             out[i] = pointer_to(source + i * stride, dtype)[0]
 
-    @njit(**OPTIONS)  # type: ignore[untyped-decorator]
+    @function
     def scatter(source, stride, count, destination):  # type: ignore[no-untyped-def]
         data = pointer_to(source, dtype)
         for i in range(count):
@@ -107,7 +106,7 @@ _gather4, _scatter4 = _make_gather(np.uint32)
 _gather8, _scatter8 = _make_gather(np.uint64)
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@function
 def _gather(item_size, source, stride, count, destination):  # type: ignore[no-untyped-def]
     if item_size == 1:
         _gather1(source, stride, count, destination)
@@ -119,7 +118,7 @@ def _gather(item_size, source, stride, count, destination):  # type: ignore[no-u
         _gather8(source, stride, count, destination)
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@function
 def _scatter(item_size, source, stride, count, destination):  # type: ignore[no-untyped-def]
     if item_size == 1:
         _scatter1(source, stride, count, destination)
@@ -131,7 +130,7 @@ def _scatter(item_size, source, stride, count, destination):  # type: ignore[no-
         _scatter8(source, stride, count, destination)
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@function
 def is_contiguous(operand, job):  # type: ignore[no-untyped-def]
     """Tell whether a row of the operand is one run of memory in native byte order."""
     return (
@@ -141,19 +140,19 @@ def is_contiguous(operand, job):  # type: ignore[no-untyped-def]
     )
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@function
 def row_address(operand, n, c):  # type: ignore[no-untyped-def]
     """Return the address of the first voxel of row (n, c)."""
     return operand.address + n * operand.stride_n + c * operand.stride_c
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@function
 def voxel_address(operand, n, c, voxel):  # type: ignore[no-untyped-def]
     """Return the address of one voxel of row (n, c), which `is_contiguous`."""
     return row_address(operand, n, c) + voxel * operand.item_size
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@function
 def _run(operand, job, row, voxel, count):  # type: ignore[no-untyped-def]
     """Return where the voxels from ``voxel`` lie: address, stride, and how many lie in line."""
     last = job.ndim - 1
@@ -169,7 +168,7 @@ def _run(operand, job, row, voxel, count):  # type: ignore[no-untyped-def]
     return address, operand.strides[last], in_line
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@function
 def load_raw(operand, job, n, c, voxel, count, buffer):  # type: ignore[no-untyped-def]
     """Return the address of ``count`` contiguous native elements: in place, or in ``buffer``."""
     row = row_address(operand, n, c)
@@ -186,7 +185,7 @@ def load_raw(operand, job, n, c, voxel, count, buffer):  # type: ignore[no-untyp
     return buffer
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@function
 def store_raw(operand, job, n, c, voxel, count, buffer):  # type: ignore[no-untyped-def]
     """Write ``count`` native elements of ``buffer`` to where the operand's voxels lie."""
     row = row_address(operand, n, c)
@@ -201,7 +200,7 @@ def store_raw(operand, job, n, c, voxel, count, buffer):  # type: ignore[no-unty
 
 
 def _make_widen(source_type: Any, target_type: Any) -> Any:
-    @njit(**OPTIONS)  # type: ignore[untyped-decorator]
+    @function
     def widen(source, count, out):  # type: ignore[no-untyped-def]
         wide_vectors()
         data = pointer_to(source, source_type)
@@ -217,7 +216,7 @@ _HALF_INFINITY = np.int32(0x7C00 << 13)
 _FLOAT_INFINITY = np.int32(0x7F800000)
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@function
 def _half_to_float(half):  # type: ignore[no-untyped-def]
     bits = np.int32(half)
     magnitude = np.int32(np.int32(bits & np.int32(0x7FFF)) << np.int32(13))
@@ -227,7 +226,7 @@ def _half_to_float(half):  # type: ignore[no-untyped-def]
     return from_bits(np.int32(value | np.int32(np.int32(bits & np.int32(0x8000)) << np.int32(16))))
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@function
 def _bfloat16_to_float(bits):  # type: ignore[no-untyped-def]
     return from_bits(np.int32(np.int32(bits) << np.int32(16)))
 
@@ -238,7 +237,7 @@ _HALF_SUBNORMAL_ROUNDER = np.float32(0.5)  # its unit in the last place is 2^-24
 _QUIET_NAN = np.int32(0x7E00)
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@function
 def _float_to_half(x):  # type: ignore[no-untyped-def]
     """Round to nearest, ties to even, in integers."""
     bits = bits_of(x)
@@ -257,7 +256,7 @@ def _float_to_half(x):  # type: ignore[no-untyped-def]
     return np.uint16(np.int32(value | sign))
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@function
 def _float_to_bfloat16(x):  # type: ignore[no-untyped-def]
     """Round to nearest, ties to even, in integers."""
     bits = bits_of(x)
@@ -279,21 +278,21 @@ def make_load_reals(real: Real) -> Any:
     widen_u64, widen_i64 = _make_widen(np.uint64, T), _make_widen(np.int64, T)
     widen_f32, widen_f64 = _make_widen(np.float32, T), _make_widen(np.float64, T)
 
-    @njit(**OPTIONS)  # type: ignore[untyped-decorator]
+    @function
     def widen_half(source, count, out):  # type: ignore[no-untyped-def]
         wide_vectors()
         data = pointer_to(source, np.uint16)
         for i in range(count):
             out[i] = T(_half_to_float(data[i]))
 
-    @njit(**OPTIONS)  # type: ignore[untyped-decorator]
+    @function
     def widen_bfloat16(source, count, out):  # type: ignore[no-untyped-def]
         wide_vectors()
         data = pointer_to(source, np.uint16)
         for i in range(count):
             out[i] = T(_bfloat16_to_float(data[i]))
 
-    @njit(**OPTIONS)  # type: ignore[untyped-decorator]
+    @function
     def load_reals(source, code, count, out):  # type: ignore[no-untyped-def]
         if code == F32:
             widen_f32(source, count, out)
@@ -327,7 +326,7 @@ def make_store_reals(real: Real) -> Any:
     """Return ``store_reals(values, count, code, out)``: round once to a floating-point dtype."""
     T = real.scalar
 
-    @njit(**OPTIONS)  # type: ignore[untyped-decorator]
+    @function
     def store_reals(values, count, code, destination):  # type: ignore[no-untyped-def]
         wide_vectors()
         if code == F32:
@@ -363,7 +362,7 @@ _from_u32, _from_i32 = _int64_from[np.uint32], _int64_from[np.int32]
 _from_i64 = _int64_from[np.int64]
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@function
 def _load_integers(source, code, count, out):  # type: ignore[no-untyped-def]
     """Widen labels to int64. uint64 is read as int64: labels past 2^63 come out negative."""
     if code == U8 or code == BOOL:
@@ -382,7 +381,7 @@ def _load_integers(source, code, count, out):  # type: ignore[no-untyped-def]
         _from_i64(source, count, out)
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@function
 def load_labels(source, code, count, out):  # type: ignore[no-untyped-def]
     """Widen labels of any dtype to int64; what is not an integer (0.5, NaN) becomes -1."""
     if code < FIRST_FLOAT:
@@ -397,7 +396,7 @@ def load_labels(source, code, count, out):  # type: ignore[no-untyped-def]
         out[i] = label if whole and np.float64(label) == value else np.int64(-1)
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@function
 def _classify(labels, count, job, ignore, positive, codes):  # type: ignore[no-untyped-def]
     """Turn labels into 0, 1, `INVALID` or `EXCLUDED`; ignore_index is compared first."""
     for i in range(count):
@@ -413,7 +412,7 @@ def _classify(labels, count, job, ignore, positive, codes):  # type: ignore[no-u
         codes[i] = np.uint8(EXCLUDED) if job.has_ignore != 0 and label == ignore else code
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@function
 def load_codes(source, code, count, job, integers, doubles, codes):  # type: ignore[no-untyped-def]
     """Turn ``count`` contiguous labels of any dtype into codes of one byte.
 

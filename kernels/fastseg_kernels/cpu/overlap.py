@@ -19,7 +19,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
 from fastseg_kernels.constants import (
     BASE_COLUMNS,
@@ -27,7 +27,7 @@ from fastseg_kernels.constants import (
     FAMILY_COLUMNS,
     columns,
 )
-from fastseg_kernels.cpu.compiled import INLINED, OPTIONS, Kernel
+from fastseg_kernels.cpu.compiled import Kernel, function, inlined
 from fastseg_kernels.cpu.elementary import REALS
 from fastseg_kernels.cpu.intrinsics import (
     address_of,
@@ -80,11 +80,11 @@ def _make_tile_sums(variant: Variant) -> Any:
     bce = split or at_bce >= 0
     zero, nothing = T(0), I(0)
 
-    @njit(**INLINED)  # type: ignore[untyped-decorator]
+    @inlined
     def at_voxel(x, p, w, i, threshold, sums):  # type: ignore[no-untyped-def]
         return add(x[i], p[i], w[i] if weighted else zero, threshold, sums)
 
-    @njit(**OPTIONS)  # type: ignore[untyped-decorator]
+    @function
     def tile_sums(x, p, w, tiles, threshold, out):  # type: ignore[no-untyped-def]
         """Add ``tiles`` tiles to ``out``; return not 0 if a target or prediction is invalid."""
         wide_vectors()
@@ -175,7 +175,7 @@ def _make_count_invalid(variant: Variant) -> Any:
     binary, probs = variant.targets == "binary", variant.activation == "probs"
     zero, one = T(0), T(1)
 
-    @njit(**OPTIONS)  # type: ignore[untyped-decorator]
+    @function
     def count_invalid(x, p, count):  # type: ignore[no-untyped-def]
         invalid = 0
         for i in range(count):
@@ -197,7 +197,7 @@ def _make_direct_tail(variant: Variant) -> Any:
     Target = np.uint8 if variant.targets == "binary" else T
     excluded_input = T(EXCLUDED_INPUT[variant.activation])
 
-    @njit(**OPTIONS)  # type: ignore[untyped-decorator]
+    @function
     def direct_tail(x, p, count, x_buffer, p_buffer):  # type: ignore[no-untyped-def]
         for i in range(count):
             x_buffer[i], p_buffer[i] = x[i], p[i]
@@ -283,7 +283,7 @@ def gradient_kernel(variant: Variant) -> Kernel:
     zero = T(0)
     slope = make_point(variant, real).slope
 
-    @njit(**OPTIONS)  # type: ignore[untyped-decorator]
+    @function
     def slopes(x, p, w, count, coefficients, out):  # type: ignore[no-untyped-def]
         wide_vectors()
         a, b = T(coefficients[0]), T(coefficients[1])

@@ -7,10 +7,10 @@ from math import prod
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
 from fastseg_kernels.cpu import threads
-from fastseg_kernels.cpu.compiled import OPTIONS, Kernel
+from fastseg_kernels.cpu.compiled import Kernel, function
 from fastseg_kernels.cpu.elementary import REALS, make_exp_negative
 from fastseg_kernels.cpu.intrinsics import address_of, pointer_to, stack_array, wide_vectors
 from fastseg_kernels.cpu.operands import (
@@ -36,7 +36,7 @@ def sigmoid_kernel(real_name: str) -> Kernel:
     exp_negative = make_exp_negative(real)
     load_reals, store_reals = make_load_reals(real), make_store_reals(real)
 
-    @njit(**OPTIONS)  # type: ignore[untyped-decorator]
+    @function
     def probabilities(x, count, q):  # type: ignore[no-untyped-def]
         wide_vectors()
         for i in range(count):

@@ -10,10 +10,10 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
 from fastseg_kernels.constants import MAX_DIMS
-from fastseg_kernels.cpu.compiled import OPTIONS, Kernel
+from fastseg_kernels.cpu.compiled import Kernel, function
 from fastseg_kernels.cpu.elementary import REALS
 from fastseg_kernels.cpu.intrinsics import pointer_to
 from fastseg_kernels.cpu.operands import (
@@ -98,7 +98,7 @@ def load_kernel(real_name: str, binary: bool) -> Kernel:
     Target = np.uint8 if binary else T
     load_reals = make_load_reals(real)
 
-    @njit(**OPTIONS)  # type: ignore[untyped-decorator]
+    @function
     def load_targets(job, ask, p, excluded):  # type: ignore[no-untyped-def]
         n, c, voxel, count = ask.n, ask.c, ask.voxel, ask.count
         if binary:

@@ -10,16 +10,18 @@ serial      1 us                                one thread, one task, or too lit
 numba       2 us (OpenMP)                       Numba's pool is thread safe and was started by us,
                                                 after the last fork
 pool        10 us, threads of Python's own      otherwise: Numba's "workqueue" layer aborts the
-                                                process when two Python threads use it, and its
-                                                OpenMP layer terminates a forked child
+                                                process when two Python threads use it, its OpenMP
+                                                layer terminates a forked child, or lets it wait
+                                                forever if anyone used that OpenMP before the fork
 ==========  ==================================  =====================================================
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,22 +39,37 @@ MAX_THREADS = 1024
 class _State:
     """What this process knows of its threads; made anew in a forked child."""
 
-    def __init__(self) -> None:
+    def __init__(self, forked: bool) -> None:
         self.lock = threading.Lock()
-        self.pool: ThreadPoolExecutor | None = None
+        self.pool: concurrent.futures.ThreadPoolExecutor | None = None
         # If Numba's pool runs already, someone else started it, maybe in a parent of this process,
-        # which Numba answers with SIGTERM: it is not used then.
-        self.numba_allowed = not getattr(numba_parallel, "_is_initialized", True)
+        # which Numba answers with SIGTERM: it is not used then. Nor is it in any forked child: if
+        # another library used the same libgomp in the parent, the first parallel loop here would
+        # wait for threads that only the parent has.
+        self.numba_allowed = not forked and not getattr(numba_parallel, "_is_initialized", True)
         self.numba_ready = False
 
 
-_state = _State()
+_FORKED_WITHOUT_EXEC = 0x40
+"""PF_FORKNOEXEC of Linux's process flags, field 9 of /proc/self/stat (field 2 may hold spaces)."""
+
+
+def _is_forked() -> bool:
+    """Tell whether this process is a fork that has not run exec; False where nobody knows."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        return bool(int(fields[6]) & _FORKED_WITHOUT_EXEC)
+    except (OSError, ValueError, IndexError):
+        return False
+
+
+_state = _State(_is_forked())
 _num_threads: int | None = None
 
 
 def _after_fork() -> None:
     global _state
-    _state = _State()
+    _state = _State(forked=True)
 
 
 if hasattr(os, "register_at_fork"):
@@ -123,7 +140,11 @@ def _start_numba(state: _State) -> None:
     with state.lock:
         if state.numba_ready or not state.numba_allowed:
             return
-        numba_parallel._launch_threads()
+        try:
+            numba_parallel._launch_threads()
+        except ValueError:  # NUMBA_THREADING_LAYER names one that is not installed
+            state.numba_allowed = False
+            return
         if numba_parallel.threading_layer() in THREAD_SAFE_LAYERS:
             _driver()
             state.numba_ready = True
@@ -131,11 +152,43 @@ def _start_numba(state: _State) -> None:
             state.numba_allowed = False
 
 
-def _python_pool(state: _State) -> ThreadPoolExecutor:
+def _python_pool(state: _State) -> concurrent.futures.ThreadPoolExecutor:
     with state.lock:
         if state.pool is None:  # its threads start when there is work for one more
-            state.pool = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="fastseg")
+            state.pool = concurrent.futures.ThreadPoolExecutor(
+                MAX_THREADS, thread_name_prefix="fastseg"
+            )
         return state.pool
+
+
+def _run_in_pool(state: _State, kernel: Kernel, job: int, bounds: list[int]) -> None:
+    """Run the parts between ``bounds``, each on the thread that comes first, this one or another.
+
+    On return no other thread touches the job's memory, even if Ctrl-C ends the wait for the kernel.
+    """
+    parts = len(bounds) - 1
+    owners: dict[int, int] = {}
+    finished = [threading.Event() for _ in range(parts)]
+
+    def work(part: int) -> None:
+        me = threading.get_ident()
+        if owners.setdefault(part, me) == me:  # one atomic step: nobody else begins it
+            kernel.call(job, bounds[part], bounds[part + 1])
+            finished[part].set()
+
+    try:
+        # No more threads to be had, or the interpreter is shutting down: this one does the rest.
+        with contextlib.suppress(RuntimeError):
+            pool = _python_pool(state)
+            for part in range(1, parts):
+                pool.submit(work, part)
+        for part in range(parts):
+            work(part)
+    finally:
+        me = threading.get_ident()
+        for part in range(parts):
+            if owners.setdefault(part, me) != me:
+                finished[part].wait()
 
 
 def describe() -> dict[str, Any]:
@@ -164,11 +217,4 @@ def run(kernel: Kernel, job: int, tasks: int, share: bool = True) -> None:
     if state.numba_ready:
         _driver()(kernel.address, job, tasks, parts)
         return
-    pool = _python_pool(state)
-    bounds = [part * tasks // parts for part in range(parts + 1)]
-    others = [
-        pool.submit(kernel.call, job, bounds[part], bounds[part + 1]) for part in range(1, parts)
-    ]
-    kernel.call(job, bounds[0], bounds[1])
-    for other in others:
-        other.result()
+    _run_in_pool(state, kernel, job, [part * tasks // parts for part in range(parts + 1)])

@@ -1,0 +1,1 @@
+"""Benchmarks of fastseg, run by asv; see asv.conf.json."""

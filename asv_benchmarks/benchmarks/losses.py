@@ -1,0 +1,117 @@
+"""Passes over a volume: statistics, gradient, and both, of BCE + soft Jaccard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fastseg as fs
+
+from . import peers
+from .common import (
+    Call,
+    Volume,
+    gradient_limit,
+    over,
+    statistics_limit,
+    value_and_grad_limit,
+    volume,
+)
+
+DTYPES = ("float32", "bfloat16", "float64")
+SIZES = (64, 128, 256)
+TARGETS = ("uint8", "int64", "float32")
+LOSS = fs.BCE() + fs.SoftJaccard()
+
+
+class _Pass:
+    """A pass over volumes of every dtype and size; ``track_`` is its time over the limit's."""
+
+    params = (DTYPES, SIZES, TARGETS)
+    param_names = ("dtype", "size", "targets")
+    timeout = 300
+    unit = "time / limit"
+
+    def setup(self, dtype: str, size: int, targets: str) -> None:
+        self.arrays = volume(dtype, size, targets)
+        self.call = self.make_call()
+        self.call()  # compiles
+
+    def make_call(self) -> Call:
+        raise NotImplementedError
+
+    def make_limit(self) -> Call:
+        raise NotImplementedError
+
+    def track_over_limit(self, *params: Any) -> float:
+        return over(self.call, self.make_limit())
+
+
+class Statistics(_Pass):
+    def make_call(self) -> Call:
+        logits, targets, _ = self.arrays
+        return lambda: LOSS.statistics(logits, targets)
+
+    def make_limit(self) -> Call:
+        return statistics_limit(self.arrays)
+
+    def time_statistics(self, *params: Any) -> None:
+        self.call()
+
+
+class Gradient(_Pass):
+    def make_call(self) -> Call:
+        logits, targets, out = self.arrays
+        s = LOSS.statistics(logits, targets)
+        return lambda: LOSS.gradient(logits, targets, s, out=out)
+
+    def make_limit(self) -> Call:
+        return gradient_limit(self.arrays)
+
+    def time_gradient(self, *params: Any) -> None:
+        self.call()
+
+
+class ValueAndGrad(_Pass):
+    def make_call(self) -> Call:
+        logits, targets, out = self.arrays
+        return lambda: LOSS.value_and_grad(logits, targets, out=out)
+
+    def make_limit(self) -> Call:
+        return value_and_grad_limit(self.arrays)
+
+    def time_value_and_grad(self, *params: Any) -> None:
+        self.call()
+
+
+class _Peer:
+    """A peer's value and gradient; ``track_`` is fastseg's time over the peer's."""
+
+    params = (SIZES,)
+    param_names = ("size",)
+    timeout = 300
+    unit = "time / peer's"
+
+    def setup(self, size: int) -> None:
+        self.arrays = volume("float32", size, "uint8")
+        try:
+            self.call = self.make_call(self.arrays)
+        except ImportError as error:
+            raise NotImplementedError(str(error)) from error  # asv skips it
+
+    def make_call(self, arrays: Volume) -> Call:
+        raise NotImplementedError
+
+    def time_value_and_grad(self, size: int) -> None:
+        self.call()
+
+    def track_fastseg_over_peer(self, size: int) -> float:
+        logits, targets, out = self.arrays
+        return over(lambda: LOSS.value_and_grad(logits, targets, out=out), self.call)
+
+
+class TorchEager(_Peer):
+    make_call = staticmethod(peers.eager)
+
+
+class Monai(_Peer):
+    make_call = staticmethod(peers.monai)

@@ -1,0 +1,78 @@
+"""What fastseg is compared with; each function raises ImportError where its library is absent.
+
+A peer gets what it needs (float32 targets, parameters with gradients), made outside the timing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import fastseg as fs
+
+from .common import Call, Volume
+
+
+def torch_module() -> Any:
+    """Import PyTorch and give it as many threads as fastseg has."""
+    import torch
+
+    torch.set_num_threads(fs.get_num_threads())
+    return torch
+
+
+def bce_and_jaccard(logits: Any, targets: Any) -> Any:
+    """Return BCE + the mean over the samples of one minus the soft Jaccard index, by hand."""
+    torch = torch_module()
+    bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets)
+    probs = torch.sigmoid(logits)
+    axes = tuple(range(1, logits.ndim))
+    intersection = (probs * targets).sum(axes)
+    union = probs.sum(axes) + targets.sum(axes) - intersection
+    return bce + (1.0 - intersection / union).mean()
+
+
+def _value_and_grad(loss: Any, arrays: Volume) -> Call:
+    torch = torch_module()
+    logits = torch.from_numpy(arrays.logits).clone().requires_grad_()
+    targets = torch.from_numpy(arrays.targets).to(torch.float32)
+
+    def call() -> Any:
+        logits.grad = None  # what zero_grad(set_to_none=True) does
+        value = loss(logits, targets)
+        value.backward()
+        return value
+
+    call()
+    return call
+
+
+def eager(arrays: Volume) -> Call:
+    """Return forward and backward of the loss written by hand in PyTorch."""
+    return _value_and_grad(bce_and_jaccard, arrays)
+
+
+def compiled(arrays: Volume) -> Call:
+    """Return the same through torch.compile, which may fail for want of a C++ compiler."""
+    torch = torch_module()
+    torch._dynamo.reset()
+    return _value_and_grad(torch.compile(bce_and_jaccard, dynamic=False), arrays)
+
+
+def monai(arrays: Volume) -> Call:
+    """Return forward and backward of MONAI's DiceCELoss with its Jaccard form."""
+    from monai.losses import DiceCELoss
+
+    return _value_and_grad(DiceCELoss(sigmoid=True, jaccard=True), arrays)
+
+
+def adam(params: list[np.ndarray], grads: list[np.ndarray], implementation: str) -> Call:
+    """Return a step of torch.optim.Adam on copies; ``implementation`` is "fused" or "foreach"."""
+    torch = torch_module()
+    tensors = [torch.from_numpy(param).clone().requires_grad_() for param in params]
+    for tensor, grad in zip(tensors, grads, strict=True):
+        tensor.grad = torch.from_numpy(grad).clone()
+    optimizer = torch.optim.Adam(tensors, lr=1e-3, **{implementation: True})
+    optimizer.step()
+    return optimizer.step

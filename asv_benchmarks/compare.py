@@ -1,0 +1,320 @@
+"""The README's table: fastseg, its peers and the machine's limit, in turns in one process.
+
+    python asv_benchmarks/compare.py [--quick] [--threads N] [--json FILE]
+
+Every figure is a median of rounds, in each of which every contender has one turn. Arrays are made
+before, fastseg writes to ``out=``, and kernels are compiled in a call that does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks import peers
+from benchmarks.common import Call, Volume, interleaved, update_limit, value_and_grad_limit, volume
+from benchmarks.updates import LISTS, LR, parameters
+from fastseg_kernels.cpu import threads as kernel_threads
+
+import fastseg as fs
+from fastseg.optimizers import Adam
+
+LOSS = fs.BCE() + fs.SoftJaccard()
+SAME_VALUE = 1e-4  # MONAI smooths the quotient
+ADAM_BYTES = 28  # per parameter: 4 arrays are read and 3 written
+PEERS = {
+    "PyTorch eager": peers.eager,
+    "torch.compile": peers.compiled,
+    "MONAI DiceCELoss": peers.monai,
+}
+FIRST_CALL = """
+import time
+import numpy as np, fastseg as fs
+imported = time.time()
+logits = np.zeros((2, 1, 8, 8, 8), np.float32)
+loss = fs.BCE() + fs.SoftJaccard()
+loss.value_and_grad(logits, np.ones(logits.shape, np.uint8))
+print(imported, time.time())
+"""
+
+
+# (a), (b): the loss
+
+
+def compare_losses(sizes: tuple[int, ...], rounds: int, notes: list[str]) -> list[dict[str, Any]]:
+    """Time the value and the gradient of BCE + soft Jaccard."""
+    rows = []
+    for size in sizes:
+        calls = loss_calls(volume("float32", size, "uint8"), f"{size}³", notes)
+        rows.append({"volume": f"2x1x{size}³", "seconds": interleaved(calls, rounds)})
+        calls.clear()
+        volume.cache_clear()  # a gigabyte where volumes are large
+    return rows
+
+
+def loss_calls(arrays: Volume, size: str, notes: list[str]) -> dict[str, Call]:
+    """Make the calls of all contenders; note which are left out, and values that differ."""
+    logits, targets, out = arrays
+    calls: dict[str, Call] = {
+        "fastseg": lambda: LOSS.value_and_grad(logits, targets, out=out)[0],
+        "limit": value_and_grad_limit(arrays),
+    }
+    value = float(calls["fastseg"]())
+    for name, make in PEERS.items():
+        start = time.perf_counter()
+        try:
+            calls[name] = make(arrays)
+        except Exception as error:  # no library, no C++ compiler: torch has many classes for it
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            notes.append(f"{name}, {size}: skipped, {type(error).__name__}: {reason[:120]}")
+            continue
+        if name == "torch.compile":
+            taken = time.perf_counter() - start
+            notes.append(f"{name}, {size}: first call, not counted, took {taken:.1f} s")
+        difference = abs(float(calls[name]()) - value)
+        if not difference < SAME_VALUE:
+            notes.append(f"{name}, {size}: its value differs by {difference:.1e}")
+    return calls
+
+
+# (c): Adam
+
+
+def compare_adam(lists: dict[str, tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
+    """Time steps of Adam; where there are many arrays, also with new gradient objects."""
+    rows = []
+    for name, (count, size) in lists.items():
+        params, grads = parameters(count, size)
+        optimizer = Adam([param.copy() for param in params], lr=LR)
+        calls: dict[str, Call] = {"fastseg": lambda o=optimizer, g=grads: o.step(g)}
+        if count > 1:
+            other = Adam([param.copy() for param in params], lr=LR)
+            turns = itertools.cycle([grads, [grad.copy() for grad in grads]])
+            calls["new gradients"] = lambda o=other, turns=turns: o.step(next(turns))
+        calls["limit"] = update_limit(4 * count * size, 4)
+        for kind in ("fused", "foreach"):
+            try:
+                calls[kind] = peers.adam(params, grads, kind)
+            except ImportError:
+                continue
+        for call in calls.values():
+            call()
+        rows.append(
+            {"arrays": name, "elements": count * size, "seconds": interleaved(calls, rounds)}
+        )
+    return rows
+
+
+# (d): what a call costs beyond its kernels
+
+
+def seconds_per_call(call: Call, count: int = 300, batches: int = 15) -> float:
+    """Return the median, over batches, of the mean time of a call."""
+    means = []
+    for _ in range(batches):
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        means.append((time.perf_counter() - start) / count)
+    return median(means)
+
+
+def seconds_in_kernels(call: Call) -> float:
+    """Return the time that one call spends in its kernels, each run again and again for it."""
+    seconds = []
+    run = kernel_threads.run
+
+    def measured(*job: Any) -> None:
+        seconds.append(seconds_per_call(lambda: run(*job)))
+
+    kernel_threads.run = measured
+    try:
+        call()
+    finally:
+        kernel_threads.run = run
+    return sum(seconds)
+
+
+def call_overheads() -> list[dict[str, Any]]:
+    """Time public calls on arrays so small that little but the call is left."""
+    logits, targets, out = volume("float32", 8, "uint8")
+    params, grads = parameters(10, 100)
+    step = Adam(params, lr=LR).step
+    calls: dict[str, Call] = {
+        "value_and_grad of 2x1x8³": lambda: LOSS.value_and_grad(logits, targets, out=out),
+        "Adam step of 10 arrays of 100": lambda: step(grads),
+    }
+    rows = []
+    for name, call in calls.items():
+        call()
+        total, kernels = seconds_per_call(call), seconds_in_kernels(call)
+        rows.append({"call": name, "seconds": total, "kernels": kernels})
+    return rows
+
+
+# (e): the first gradient of a process
+
+
+def first_gradient(cache: str | None = None) -> tuple[float, float]:
+    """Return the seconds from a process' start to fastseg's import, and to the first gradient."""
+    environment = dict(os.environ)
+    if cache is not None:
+        environment["FASTSEG_CACHE_DIR"] = cache
+    start = time.time()
+    command = [sys.executable, "-c", FIRST_CALL]
+    answer = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    imported, done = map(float, answer.stdout.split())
+    return imported - start, done - start
+
+
+def starts(count: int) -> dict[str, float]:
+    """Time first gradients with a warm cache (median) and once with an empty one."""
+    first_gradient()  # fills the cache, and the file system's
+    warm = [first_gradient() for _ in range(count)]
+    with tempfile.TemporaryDirectory() as empty:
+        cold = first_gradient(empty)
+    return {
+        "imported": median(w[0] for w in warm),
+        "warm": median(w[1] for w in warm),
+        "cold": cold[1],
+    }
+
+
+# The table
+
+
+def machine() -> str:
+    """Name the machine, the threads and the versions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
+    versions = []
+    for name in ("numpy", "numba", "torch", "monai"):
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            versions.append(f"{name} absent")
+    load = f"load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "load unknown"
+    count = fs.get_num_threads()
+    return (
+        f"{cpu} ({os.cpu_count()} CPUs, {load} before the start), {count} thread"
+        f"{'s' * (count != 1)}; fastseg {fs.__version__}, Python {platform.python_version()}, "
+        f"{', '.join(versions)}; {datetime.date.today().isoformat()}."
+    )
+
+
+def ratio(seconds: dict[str, float], name: str, baseline: str = "fastseg") -> str:
+    """Show how many times as long as the baseline a contender takes."""
+    if name not in seconds:
+        return "-"
+    return f"{seconds[name] / seconds[baseline]:.2g}x"
+
+
+def shown(seconds: float) -> str:
+    """Show a time in the unit that suits it."""
+    factor, unit = (1.0, "s") if seconds >= 1.0 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "µs")
+    return f"{seconds * factor:.3g} {unit}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table, its first column text and the others numbers."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def loss_table(rows: list[dict[str, Any]]) -> str:
+    """Show the losses: peers over fastseg, fastseg over the limit, fastseg's time."""
+    head = ["Value and gradient, BCE + soft Jaccard", *(f"{n} / fastseg" for n in PEERS)]
+    return table(
+        [*head, "fastseg / machine's limit", "fastseg"],
+        [
+            [
+                row["volume"],
+                *(ratio(row["seconds"], name) for name in PEERS),
+                ratio(row["seconds"], "fastseg", "limit"),
+                shown(row["seconds"]["fastseg"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def adam_table(rows: list[dict[str, Any]]) -> str:
+    """Show Adam in the same order, and the bytes that fastseg moves."""
+    head = ["Adam step, float32", "torch fused / fastseg", "torch foreach / fastseg"]
+    lines = []
+    for row in rows:
+        seconds = row["seconds"]
+        for name in ("fastseg", "new gradients"):
+            if name in seconds:
+                lines.append(
+                    [
+                        row["arrays"] + (", new gradient objects" if name != "fastseg" else ""),
+                        *(ratio(seconds, kind, name) for kind in ("fused", "foreach")),
+                        ratio(seconds, name, "limit"),
+                        f"{ADAM_BYTES * row['elements'] / seconds[name] / 1e9:.1f}",
+                        shown(seconds[name]),
+                    ]
+                )
+    return table([*head, "fastseg / machine's limit", "GB/s", "fastseg"], lines)
+
+
+def small_table(calls: list[dict[str, Any]], first: dict[str, float]) -> str:
+    """Show what a call costs beyond its kernels, and what the first one costs."""
+    lines = [
+        [
+            f"{row['call']}, beyond its kernels ({shown(row['kernels'])})",
+            shown(max(0.0, row["seconds"] - row["kernels"])),
+        ]
+        for row in calls
+    ]
+    imported = f"{shown(first['imported'])} until fastseg is imported"
+    lines.append(
+        [f"first gradient of a process, cached kernels ({imported})", shown(first["warm"])]
+    )
+    lines.append(["first gradient of a process, empty cache (compiles)", shown(first["cold"])])
+    return table(["Around the kernels", "time"], lines)
+
+
+def main() -> None:
+    """Measure, print the table, and write the figures as JSON where asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, no 256³ volume")
+    parser.add_argument("--threads", type=int, default=2, help="of fastseg and of every peer")
+    parser.add_argument("--json", type=Path, help="file to write all figures to, in seconds")
+    options = parser.parse_args()
+    fs.set_num_threads(options.threads)
+    sizes = (64, 128) if options.quick else (64, 128, 256)
+    rounds = 3 if options.quick else 15
+    lists = {"1 of 1M": (1, 2**20), "2000 of 1000": (2000, 1000)} if options.quick else LISTS
+    notes: list[str] = []
+    result: dict[str, Any] = {"machine": machine()}  # before the load is ours
+    result["losses"] = compare_losses(sizes, rounds, notes)
+    result["adam"] = compare_adam(lists, rounds)
+    result["calls"] = call_overheads()
+    result["first"] = starts(1 if options.quick else 5)
+    print(result["machine"], end="\n\n")
+    print(loss_table(result["losses"]), adam_table(result["adam"]), sep="\n\n", end="\n\n")
+    print(small_table(result["calls"], result["first"]))
+    if notes:
+        print("", *(f"- {note}" for note in notes), sep="\n")
+    if options.json:
+        options.json.write_text(json.dumps({**result, "notes": notes}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""The command ``fastseg``: what this installation is, a demo, and a warm cache.
+
+Typer and Rich come with the extra ``cli`` and are imported when the command runs, not before.
+"""
+
+# No `from __future__ import annotations`: Typer reads annotations, and these are made in functions.
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import fastseg as fs
+
+if TYPE_CHECKING:
+    import typer
+    from rich.console import Console
+    from rich.progress import TaskID
+
+EXPECTED_FAILURE = 2
+"""Exit code of everything that is the caller's to mend; there is no traceback then."""
+MISSING = "fastseg's command line needs typer and rich: pip install 'fastseg-kernels[cli]'"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line (``sys.argv`` by default) and exit.
+
+    Raises
+    ------
+    SystemExit
+        With code 0, 2 for what the caller can mend (said in one line on standard error), or 130
+        after Ctrl-C.
+    """
+    try:
+        import rich  # noqa: F401
+        import typer
+    except ImportError:
+        _fail(MISSING)
+    try:
+        code = _application()(
+            args=None if arguments is None else list(arguments),
+            prog_name="fastseg",
+            standalone_mode=False,
+        )
+    except (KeyboardInterrupt, typer.Abort):
+        raise SystemExit(130) from None
+    except OSError as error:  # a directory that cannot be written, a file that is absent
+        _fail(str(error))
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # Click's, by whichever name Typer has it
+            raise
+        _fail(error.format_message())
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> NoReturn:
+    line = " ".join(message.split())
+    print(line if line.startswith("fastseg") else f"fastseg: {line}", file=sys.stderr)
+    raise SystemExit(EXPECTED_FAILURE)
+
+
+def _application() -> "typer.Typer":
+    """Return the Typer application."""
+    import typer
+
+    application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+    @application.callback(invoke_without_command=True)
+    def fastseg(
+        context: typer.Context,
+        version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    ) -> None:
+        """Fused losses, gradients, metrics and parameter updates for segmentation."""
+        if version:
+            print(f"fastseg {fs.__version__}")
+        elif context.invoked_subcommand is None:
+            print(context.get_help())
+
+    @application.command()
+    def info(
+        as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    ) -> None:
+        """Show versions, CPU, threads, the cache of compiled kernels, and the GPU's state."""
+        show_info(as_json)
+
+    @application.command()
+    def demo(
+        out: Annotated[Path, typer.Option(help="Directory for demo.png and demo.json.")] = Path(
+            "fastseg_demo"
+        ),
+        quick: Annotated[bool, typer.Option("--quick", help="Less data, fewer steps.")] = False,
+        steps: Annotated[int | None, typer.Option(min=1, help="Steps of training.")] = None,
+        seed: Annotated[int, typer.Option(min=0, help="Of the bias field and the noise.")] = 0,
+    ) -> None:
+        """Train a voxel-wise model to find grey matter in a brain template (under a minute)."""
+        show_demo(out, quick, steps, seed)
+
+    @application.command()
+    def warmup() -> None:
+        """Compile the kernels of the usual cases ahead of their first use."""
+        show_warmup()
+
+    return application
+
+
+# Commands
+
+
+def show_info(as_json: bool) -> None:
+    """Print what `fastseg.info.collect` finds."""
+    from fastseg.info import collect
+
+    found = collect()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for section in ("versions", "cpu", "threads", "cache", "gpu"):
+        for k, (name, value) in enumerate(found[section].items()):
+            label = "size" if name == "bytes" else name
+            table.add_row(section if k == 0 else "", label, _plain(name, value))
+        table.add_section()
+    console = Console(highlight=False)
+    console.print(table)
+    for conflict in found["conflicts"]:
+        console.print(f"conflict: {conflict}", style="bold red")
+
+
+def _plain(name: str, value: Any) -> str:
+    """Return a value of `fastseg.info.collect` in words."""
+    if value is None:
+        return "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_plain(key, entry)}" for key, entry in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value / 1e6:.1f} MB" if name == "bytes" else str(value)
+
+
+def show_warmup() -> None:
+    """Compile ahead behind a progress bar."""
+    from fastseg_kernels.cpu import cache_directory
+    from rich.console import Console
+
+    from fastseg.info import is_writable
+    from fastseg.warmup import announced_compilation, compile_ahead
+
+    directory = cache_directory()
+    if directory is None:
+        _fail("the cache is off (FASTSEG_CACHE_DIR is empty), so that nothing would be kept")
+    if not is_writable(directory):
+        _fail(f"{directory} is not writable: set FASTSEG_CACHE_DIR to a directory that is")
+    console = Console(highlight=False)
+    compiled: list[str] = []
+    with _Bars(console) as bars, announced_compilation(compiled.append):
+        seconds = compile_ahead(lambda name, done, total: bars("compiling", done, total, name))
+    done = f"{len(compiled)} kernels compiled in {seconds:.1f} s"
+    console.print(f"{done}; all are kept in {directory}", soft_wrap=True)
+
+
+def show_demo(out: Path, quick: bool, steps: int | None, seed: int) -> None:
+    """Run the demo behind progress bars and print its scores."""
+    from rich.console import Console
+
+    from fastseg import demo
+
+    absent = demo.missing_packages()
+    if absent:
+        _fail(f"fastseg demo needs {', '.join(absent)}: pip install 'fastseg-kernels[demo]'")
+    out.mkdir(parents=True, exist_ok=True)  # what can fail at once does, before anything is said
+    console = Console(highlight=False)
+    console.print(demo.NOTICE, style="yellow")
+    with _Bars(console) as bars:
+        found = demo.run(out, bars, quick=quick, steps=steps, seed=seed)
+    _print_scores(console, found)
+    console.print(f"picture: {out / 'demo.png'}\nnumbers: {out / 'demo.json'}", soft_wrap=True)
+
+
+def _print_scores(console: "Console", found: dict[str, Any]) -> None:
+    """Print the scores on the held-out slabs, and how long things took."""
+    from rich.table import Table
+
+    scores, speed, seconds = found["scores"], found["time_per_voxel"], found["seconds"]
+    table = Table("held-out slabs", "Jaccard", "Dice", title_justify="left")
+    names = {
+        "threshold": f"best intensity threshold ({scores['threshold']['level']:.0f})",
+        "logistic": f"logistic model of {len(found['data']['features'])} features",
+    }
+    for key, name in names.items():
+        table.add_row(name, f"{scores[key]['jaccard']:.4f}", f"{scores[key]['dice']:.4f}")
+    console.print(table)
+    console.print(
+        f"value and gradient of {found['loss']}, per voxel: fused {speed['fused_ns']:.2f} ns on "
+        f"{speed['threads']} threads, {speed['fused_one_thread_ns']:.2f} ns on one; "
+        f"NumPy {speed['numpy_ns']:.1f} ns"
+    )
+    console.print(
+        f"{seconds['total']:.1f} s in all: compiling {seconds['compiling']:.1f} s, features "
+        f"{seconds['features']:.1f} s, training {seconds['training']:.1f} s"
+    )
+
+
+class _Bars:
+    """Progress bars, one per stage; a `fastseg.demo.Report`."""
+
+    def __init__(self, console: "Console") -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.table import Column
+
+        whole = Column(no_wrap=True)
+        cut = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+        self._progress = Progress(
+            TextColumn("{task.description}", table_column=whole),
+            BarColumn(bar_width=12),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}", table_column=cut, markup=False),
+            console=console,
+            expand=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "_Bars":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, stage: str, done: int, total: int | None, note: str) -> None:
+        """Show that ``done`` of ``total`` parts of a stage are done; None pulses."""
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=total, note=note)
+        task = self._tasks[stage]
+        self._progress.update(task, completed=done, total=total, note=note)
+        if done in (0, total) or total is None:
+            self._progress.refresh()  # compilation leaves the thread that repaints no time
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Losses for PyTorch's autograd. Importing this module imports torch.
+
+    >>> import torch, fastseg as fs, fastseg.torch
+    >>> criterion = fastseg.torch.Loss(fs.BCE() + fs.SoftJaccard())
+    >>> logits = torch.zeros(1, 1, 4, 4, requires_grad=True)
+    >>> criterion(logits, torch.ones(1, 1, 4, 4)).backward()
+    >>> tuple(logits.grad.shape)
+    (1, 1, 4, 4)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastseg.losses import Loss as _Loss
+from fastseg.statistics import Statistics
+
+
+class _Function(torch.autograd.Function):
+    """Forward: statistics and value. Backward: the gradient verb, scaled from above."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        mask: torch.Tensor | None,
+        weight_map: torch.Tensor | None,
+        module: Loss,
+    ) -> torch.Tensor:
+        loss = module.loss
+        s = loss.statistics(logits, targets, mask=mask, weight_map=weight_map, track=module.track)
+        value = loss.value(s)
+        ctx.save_for_backward(logits, targets, mask, weight_map)
+        ctx.loss, ctx.statistics = loss, s
+        module.last_statistics = s
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        return torch.as_tensor(value).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        logits, targets, mask, weight_map = ctx.saved_tensors
+        grad = _Gradient.apply(  # type: ignore[no-untyped-call]
+            logits, upstream, targets, mask, weight_map, ctx.loss, ctx.statistics
+        )
+        return grad, None, None, None, None
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient as a node of its own, so that differentiating it raises and is never silent."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        logits: torch.Tensor,
+        upstream: torch.Tensor,
+        targets: torch.Tensor,
+        mask: torch.Tensor | None,
+        weight_map: torch.Tensor | None,
+        loss: _Loss,
+        s: Statistics,
+    ) -> torch.Tensor:
+        scale = upstream.detach().numpy()
+        grad = loss.gradient(
+            logits.detach(), targets, s, mask=mask, weight_map=weight_map, grad_scale=scale
+        )
+        return grad  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
+        raise RuntimeError("fastseg losses can be differentiated once, not twice")
+
+
+class Loss(torch.nn.Module):
+    """A fastseg loss as a module: ``criterion(logits, targets)`` is differentiable by itself.
+
+    Memory is shared with the tensors: nothing is copied. The gradient is computed in backward, by
+    one read of logits and targets and one write; what comes from above is multiplied in before
+    the gradient is rounded to the logits' dtype. A second differentiation raises a RuntimeError.
+
+    Parameters
+    ----------
+    loss
+        Any `fastseg.Loss`.
+    track
+        Families of sums to keep beside those that the loss needs, see `fastseg.Loss.statistics`.
+
+    Attributes
+    ----------
+    last_statistics
+        `fastseg.Statistics` of the last forward pass: ``.jaccard_index()`` with
+        ``track=("hard",)`` costs nothing more.
+    """
+
+    last_statistics: Statistics | None
+
+    def __init__(self, loss: _Loss, *, track: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        if not isinstance(loss, _Loss):
+            raise TypeError(f"loss must be a fastseg loss, got {type(loss).__name__}")
+        loss.families(track)
+        self.loss = loss
+        self.track = tuple(track)
+        self.last_statistics = None
+
+    def forward(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        mask: torch.Tensor | None = None,
+        weight_map: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the loss, 0-d (or (N, C)): float32, or float64 for float64 logits.
+
+        ``targets`` and the rest are not differentiated: one that requires grad is refused.
+        """
+        for name, tensor in (("targets", targets), ("mask", mask), ("weight_map", weight_map)):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                raise TypeError(f"{name} must not require grad; pass {name}.detach()")
+        result = _Function.apply(logits, targets, mask, weight_map, self)  # type: ignore[no-untyped-call]
+        return result  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        """Show the formula."""
+        return repr(self.loss)

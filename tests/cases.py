@@ -1,0 +1,91 @@
+"""The cases that every promise is tested on, and the tolerances with their reasons."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+import fastseg as fs
+
+LOSSES = [
+    fs.BCE(),
+    fs.BCE(pos_weight=3.0, normalize="all"),
+    fs.BCE(normalize=None),
+    fs.SoftJaccard(),
+    fs.SoftJaccard(smooth_num=1e-5, smooth_den=1e-5, scope="batch"),
+    fs.SoftDice(smooth_num=1.0, smooth_den=1.0),
+    fs.SoftDice(link="log", eps=1e-7),
+    fs.Tversky(alpha=0.3, beta=0.7, link="power", gamma=1.5),
+    fs.Tversky(alpha=1.0, beta=0.0, link="negative", scope="batch"),
+    fs.BCE() + 2.0 * fs.SoftJaccard(),
+    fs.BCE(pos_weight=0.5) + fs.Tversky() + 0.25 * fs.SoftDice(empty="skip"),
+]
+
+# (N, C, *spatial): one voxel, primes, no spatial axes, several tiles (256) and stages (2048).
+SHAPES = [
+    (1, 1, 1),
+    (1, 1, 255),
+    (1, 1, 257),
+    (2, 1, 2053),
+    (2, 3, 7, 11, 13),
+    (1, 2, 37, 251),
+    (3, 4),
+    (1, 1, 17, 5, 3, 2, 2),
+]
+
+LOGIT_DTYPES: list[Any] = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
+TARGET_DTYPES: list[Any] = [
+    np.bool_, np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64,
+    np.float16, ml_dtypes.bfloat16, np.float32, np.float64,
+]  # fmt: skip
+
+# Relative error of the value: promised 1e-6 in float32 at any size. Half and bfloat16 logits are
+# computed in float32 and the value is a float32 too.
+VALUE_RTOL = {"float32": 1e-6, "float64": 1e-13, "float16": 1e-6, "bfloat16": 1e-6}
+
+# Error of the gradient, in units of the spacing of its dtype at the sum of the magnitudes of the
+# terms that are added up: promised 4. For half and bfloat16 that is 4 in float32 and one rounding.
+# For float64 the reference, computed in float64 itself, errs more than the kernels: 1 - score
+# cancels there. test_accuracy.py holds float64 to 8 against extended precision.
+GRAD_ULP = {"float32": 4.0, "float64": 64.0, "float16": 0.51, "bfloat16": 0.51}
+RESOLUTION = {"float32": 2.0**-23, "float64": 2.0**-52, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+SMALLEST = {"float32": 2.0**-149, "float64": 2.0**-1074, "float16": 2.0**-24, "bfloat16": 2.0**-133}
+
+
+def name_of(dtype: Any) -> str:
+    return np.dtype(dtype).name
+
+
+def make(
+    shape: tuple[int, ...], dtype: Any = np.float32, target: Any = np.uint8, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return Gaussian logits and targets, 40% foreground (soft for float dtypes), C-ordered."""
+    rng = np.random.default_rng([seed, *shape])
+    logits = rng.normal(0.0, 2.5, shape).astype(dtype)
+    labels = rng.random(shape) < 0.4
+    labels.reshape(*shape[:2], -1)[:, :, :1] = True  # never empty
+    if np.dtype(target).kind in "biu":
+        return logits, labels.astype(target)
+    soft = np.where(rng.random(shape) < 0.5, labels, rng.integers(0, 9, shape) / 8)
+    return logits, soft.astype(target)
+
+
+def magnitude(loss: fs.Loss, grad_of: Any) -> np.ndarray:
+    """Return the sum over the terms of |gradient|: what a gradient's error is measured against."""
+    total: Any = 0.0
+    for weight, term in loss.parts:
+        total = total + np.abs(weight * grad_of(fs.losses.WeightedSum(((1.0, term),), loss.options)))
+    return np.asarray(total)
+
+
+def ulp_error(
+    got: np.ndarray, expected: np.ndarray, scale: np.ndarray, dtype: Any
+) -> tuple[float, float]:
+    """Return the largest error in ulp of ``dtype`` at ``scale``, and the bound for it."""
+    name = name_of(dtype)
+    spacing = np.exp2(np.floor(np.log2(np.maximum(np.abs(scale), 1e-300)))) * RESOLUTION[name]
+    spacing = np.maximum(spacing, SMALLEST[name])
+    error = np.abs(np.asarray(got, np.float64) - expected) / spacing
+    return float(error.max(initial=0.0)), GRAD_ULP[name]

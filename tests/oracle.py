@@ -1,0 +1,139 @@
+"""Losses evaluated by the float64 reference: what every kernel is compared with.
+
+Nothing here goes through the table of terms, the statistics or the kernels: values come from the
+formulas of ``fastseg_kernels.reference`` and gradients from its quotient and chain rules.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import fastseg as fs
+from fastseg_kernels import reference as ref
+
+
+def _spatial(x: np.ndarray) -> tuple[int, ...]:
+    return tuple(range(2, x.ndim))
+
+
+def evaluate(
+    loss: fs.Loss,
+    logits: Any,
+    targets: Any,
+    *,
+    mask: Any = None,
+    weight_map: Any = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the value, () or (N, C), and the gradient of its sum, for arrays (N, C, *spatial)."""
+    x = np.asarray(logits, np.float64)
+    p = np.broadcast_to(np.asarray(targets, np.float64), x.shape)
+    valid = np.ones(x.shape, bool)
+    options = loss.options
+    if options.ignore_index is not None:
+        valid &= p != options.ignore_index
+    if mask is not None:
+        valid &= np.broadcast_to(np.asarray(mask), x.shape) != 0
+    if options.positive == "nonzero":
+        p = (p != 0).astype(np.float64)
+    elif options.positive is not None:
+        p = (p == options.positive).astype(np.float64)
+    weight = np.ones(x.shape) if weight_map is None else np.asarray(weight_map, np.float64)
+    weight = np.where(valid, np.broadcast_to(weight, x.shape), 0.0)
+    probs = options.activation is None
+    p = np.where(valid, p, 0.0)
+    x = np.where(valid, x, 0.5 if probs else 0.0)
+
+    value: Any = 0.0
+    grad = np.zeros(x.shape)
+    for factor, term in loss.parts:
+        part = _bce if isinstance(term, fs.BCE) else _region
+        term_value, term_grad = part(term, x, p, weight, valid, probs, options.reduction)
+        value = value + factor * term_value
+        grad += factor * term_grad
+    return np.asarray(value), np.where(valid, grad, 0.0)
+
+
+def _expand(rows: np.ndarray, x: np.ndarray) -> np.ndarray:
+    return rows.reshape(rows.shape + (1,) * (x.ndim - 2))
+
+
+def _class_weights(term: fs.Term, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (selected, weight), both (1, C)."""
+    weights = np.ones(classes) if term.class_weights is None else np.array(term.class_weights)
+    selected = np.zeros(classes, bool)
+    selected[list(range(classes) if term.classes is None else term.classes)] = True
+    return selected[None], weights[None]
+
+
+def _bce(term, x, p, weight, valid, probs, reduction):
+    voxel = ref.bce if probs else ref.bce_with_logits
+    slope = ref.bce_gradient if probs else ref.bce_with_logits_gradient
+    sums = np.where(weight > 0, weight * voxel(x, p, term.pos_weight), 0.0).sum(_spatial(x))
+    count = valid.sum(_spatial(x))
+    voxels = np.full(count.shape, np.prod(x.shape[2:]))
+    selected, class_weight = _class_weights(term, x.shape[1])
+    used = selected & (count > 0)
+    divisor = {"valid": count, "all": voxels, None: np.ones(count.shape)}[term.normalize]
+    if reduction == "mean":
+        if term.normalize is None:
+            total = used.sum()
+        else:
+            total = (divisor * (used if term.normalize == "valid" else selected)).sum()
+        share = np.full(count.shape, 1.0 / total if total else 0.0)
+    else:
+        share = 1.0 / np.maximum(divisor, 1)
+    share = np.where(used, share * class_weight, 0.0)
+    value = share * sums
+    grad = _expand(share, x) * weight * slope(x, p, term.pos_weight)
+    return (value if reduction == "none" else value.sum()), grad
+
+
+def _region(term, x, p, weight, valid, probs, reduction):
+    q = x if probs else ref.sigmoid(x)
+    batch = term.scope == "batch"
+    if batch:  # all voxels of the batch are one sample
+        fold = lambda a: np.moveaxis(a, 0, 1).reshape(1, a.shape[1], -1)  # noqa: E731
+        q_, p_, w_, valid_ = fold(q), fold(p), fold(weight), fold(valid)
+    else:
+        q_, p_, w_, valid_ = q, p, weight, valid
+    smooth = {"smooth_num": term.smooth_num, "smooth_den": term.smooth_den, "eps": term.eps}
+    sums = ref.overlap_sums(q_, p_, w_)
+    if isinstance(term, fs.Tversky):
+        ab = (term.alpha, term.beta)
+        score = ref.tversky_index(*sums, *ab, **smooth)
+        dscore = ref.tversky_index_gradient(q_, p_, *ab, weights=w_, **smooth)
+    elif isinstance(term, fs.SoftJaccard):
+        score = ref.soft_jaccard_index(*sums, **smooth)
+        dscore = ref.soft_jaccard_index_gradient(q_, p_, w_, **smooth)
+    else:
+        score = ref.soft_dice_score(*sums, **smooth)
+        dscore = ref.soft_dice_score_gradient(q_, p_, w_, **smooth)
+    link = term.link
+    if link == "log" and term.eps > 0:
+        held = score < term.eps
+        value = ref.link_value(np.maximum(score, term.eps), link, term.gamma)
+        outer = np.where(held, 0.0, ref.link_derivative(np.maximum(score, term.eps), link, 1.0))
+    else:
+        value = ref.link_value(score, link, term.gamma)
+        outer = ref.link_derivative(score, link, term.gamma)
+    selected, class_weight = _class_weights(term, x.shape[1])
+    used = selected & (valid_.sum(_spatial(valid_)) > 0)
+    empty = sums[1] == 0
+    if term.empty in ("one", "zero"):
+        fixed = ref.link_value(np.array(float(term.empty == "one")), link, term.gamma)
+        value, outer = np.where(empty, fixed, value), np.where(empty, 0.0, outer)
+    elif term.empty == "skip":
+        used &= ~empty
+    kept = used.sum()
+    share = np.where(used, class_weight, 0.0)
+    if reduction == "mean":
+        share = share / kept if kept else share * 0.0
+    value = np.where(used, share * np.where(used, value, 0.0), 0.0)
+    dvalue = np.where(used, share * np.where(used, outer, 0.0), 0.0)
+    dq = _expand(dvalue, dscore) * np.where(_expand(dvalue != 0, dscore), dscore, 0.0)
+    if batch:
+        dq = np.moveaxis(dq.reshape(x.shape[1], x.shape[0], *x.shape[2:]), 1, 0)
+    grad = dq if probs else ref.gradient_wrt_logits(dq, x)
+    return (value if reduction == "none" else value.sum()), grad

@@ -1,0 +1,138 @@
+"""The promised numerics, on data that is hard for sums: constant, confident, huge."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import fastseg as fs
+from fastseg_kernels import reference as ref
+
+LOSS = fs.BCE() + fs.SoftJaccard()
+
+
+def exact(logits: np.ndarray, targets: np.ndarray) -> tuple[float, float]:
+    """Return BCE and soft Jaccard loss of one row, in float64 without cancellation."""
+    x, p = logits.astype(np.float64).ravel(), targets.astype(np.float64).ravel()
+    missed, false_alarms = (v.item() for v in ref.error_sums(x[None, None], p[None, None]))
+    bce = ref.bce_with_logits(x, p).mean()
+    return float(bce), (missed + false_alarms) / (p.sum() + false_alarms)
+
+
+def check(logits: np.ndarray, targets: np.ndarray, rtol: float) -> None:
+    s = LOSS.statistics(logits, targets)
+    for got, expected in zip(LOSS.term_values(s), exact(logits, targets), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=rtol)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [1.0, 4.0, 8.0, 12.0, 15.0, 20.0, 40.0, 80.0])
+def test_a_confident_network_keeps_its_digits(size, dtype):
+    rng = np.random.default_rng(0)
+    targets = rng.random((1, 1, 1 << 20)) < 0.3
+    logits = np.where(targets, size, -size).astype(dtype)
+    check(logits, targets, 5e-7 if dtype is np.float32 else 1e-12)
+    logits *= rng.uniform(0.5, 1.0, logits.shape).astype(dtype)
+    check(logits, targets, 5e-7 if dtype is np.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("value", [-9.0, -1.0, -0.1, 0.0, 0.1, 3.3])
+def test_constant_logits_do_not_drift(value):
+    targets = np.random.default_rng(0).random((1, 1, 1 << 20)) < 0.3
+    check(np.full(targets.shape, value, np.float32), targets, 5e-7)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "constant", "confident"])
+def test_2_to_the_26_voxels(kind):
+    """64 million voxels: where a running float32 sum has stopped to count."""
+    rng = np.random.default_rng(0)
+    targets = (rng.random((1, 1, 1 << 26), np.float32) < 0.3).view(np.uint8)
+    if kind == "gaussian":
+        logits = rng.standard_normal(targets.shape, np.float32)
+    elif kind == "constant":
+        logits = np.full(targets.shape, -1.7, np.float32)
+    else:
+        logits = np.where(targets, np.float32(9), np.float32(-9))
+    s = LOSS.statistics(logits, targets, track=("hard",))
+    assert s["count"] == 1 << 26
+    assert s["targets_sum"] == np.count_nonzero(targets)
+    counts = s.counts()
+    assert counts["tp"] == np.count_nonzero((logits >= 0) & (targets != 0))
+    assert counts["fp"] == np.count_nonzero((logits >= 0) & (targets == 0))
+    bce, errors = 0.0, np.zeros(2)
+    step = 1 << 22
+    for i in range(0, 1 << 26, step):
+        x, p = logits[:, :, i : i + step], targets[:, :, i : i + step]
+        bce += ref.bce_with_logits(x, p).sum()
+        errors += np.array(ref.error_sums(x, p)).ravel()
+    expected = (bce / (1 << 26), errors.sum() / (s["targets_sum"].item() + errors[1]))
+    np.testing.assert_allclose(LOSS.term_values(s), expected, rtol=5e-7)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("size", [100.0, 1e4, np.inf])
+def test_extreme_logits_have_their_limits(size, dtype):
+    logits = np.array([[[size, -size, size, -size]]], dtype)
+    right = np.array([[[1, 0, 1, 0]]], np.uint8)
+    value, grad = LOSS.value_and_grad(logits, right)
+    assert 0 <= value <= 1e-40
+    assert np.all(np.abs(grad) <= 1e-40)
+    with np.errstate(over="ignore"):
+        expected = float(dtype(size)) + 1.0
+    value, grad = LOSS.value_and_grad(logits, 1 - right)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(grad, [[[0.25, -0.25, 0.25, -0.25]]], rtol=1e-6)
+    for soft in (right.astype(np.float32), right.astype(np.float32) * 0.5 + 0.25):
+        value, grad = LOSS.value_and_grad(logits, soft)
+        assert np.isfinite(grad).all()
+        assert not np.isnan(value)
+
+
+@pytest.mark.parametrize("where", [0, 300, 5003])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("target", [np.uint8, np.float32])
+@pytest.mark.parametrize("activation", ["sigmoid", None], ids=str)
+def test_nan_in_nan_out(activation, target, dtype, where):
+    logits = np.full((2, 1, 5004), 0.25, dtype)
+    targets = (np.arange(5004) % 3 == 0)[None, None].repeat(2, 0).astype(target)
+    logits[1, 0, where] = np.nan
+    loss = LOSS.replace(activation=activation, reduction="none")
+    value, grad = loss.value_and_grad(logits, targets)
+    assert np.isfinite(value[0, 0])
+    assert np.isnan(value[1, 0])
+    assert np.isfinite(grad[0]).all()
+    assert np.isnan(grad[1, 0, where])
+    bce_grad = fs.BCE().replace(activation=activation).value_and_grad(logits, targets)[1]
+    assert np.count_nonzero(np.isnan(bce_grad)) == 1  # at that voxel and nowhere else
+
+
+# In float64 the sums themselves, added up in float64, are off by a few ulp, and so the coefficients.
+@pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 4.0), (np.float64, 8.0)])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 5.0, 30.0])
+def test_gradient_of_bce_and_jaccard_is_within_4_ulp_of_itself(spread, dtype, bound):
+    """Binary targets: the two terms have one sign, so nothing cancels. Extended precision."""
+    rng = np.random.default_rng(0)
+    targets = rng.random((1, 1, 200_000)) < 0.3
+    logits = (rng.standard_normal(targets.shape) * spread).astype(dtype)
+    got = LOSS.value_and_grad(logits, targets)[1]
+    x, p = logits.astype(np.longdouble), targets.astype(np.longdouble)
+    e = np.exp(-np.abs(x))
+    large, small = 1 / (1 + e), e / (1 + e)
+    q, rest = np.where(x >= 0, large, small), np.where(x >= 0, small, large)
+    missed, false_alarms = (p * rest).sum(), ((1 - p) * q).sum()
+    union = p.sum() + false_alarms
+    index = 1 - (missed + false_alarms) / union
+    region = np.where(targets, -1, index) / union * large * small
+    expected = region + np.where(targets, -rest, q) / p.size
+    spacing = np.spacing(np.abs(expected).astype(dtype)).astype(np.longdouble)
+    # Below the normal numbers, past |x| = 87 (708 in float64), sigma(-|x|) is taken as 0.
+    allowed = np.maximum(bound * spacing, np.finfo(dtype).tiny)
+    assert float((np.abs(got - expected) / allowed).max()) <= 1.0
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_minimum_of_soft_bce_is_at_the_target(dtype):
+    probs = np.linspace(0.05, 0.95, 19).astype(dtype)
+    logits = np.log(probs) - np.log1p(-probs)
+    grad = fs.BCE().value_and_grad(logits[None, None], probs[None, None])[1]
+    assert np.abs(grad).max() < 8 * np.finfo(dtype).eps

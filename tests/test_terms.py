@@ -1,0 +1,136 @@
+"""Every term's derivative and options. New terms are found and checked by themselves."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+import fastseg as fs
+from cases import make
+
+
+def subclasses(cls: type) -> list[type]:
+    found = [cls, *(leaf for sub in cls.__subclasses__() for leaf in subclasses(sub))]
+    return [c for c in dict.fromkeys(found) if c.__module__.startswith("fastseg")]
+
+
+TERMS = [cls for cls in subclasses(fs.Term) if cls not in (fs.Term, fs.RegionTerm)]
+OPTIONS = {
+    "smooth_num": 0.7,
+    "smooth_den": 1.3,
+    "gamma": 1.7,
+    "pos_weight": 2.5,
+    "alpha": 0.3,
+    "beta": 0.8,
+    "class_weights": (0.5, 2.0, 1.0),
+    "classes": (0, -1),
+    "normalize": "all",
+    "scope": "batch",
+    "empty": "skip",
+    "eps": 1e-7,
+}
+
+
+def variants(cls: type) -> list[fs.Term]:
+    """Return the term with each of its options set, and with all of them."""
+    names = [field.name for field in fields(cls)]
+    known = {name: value for name, value in OPTIONS.items() if name in names}
+    result = [cls(), *(cls(**{name: value}) for name, value in known.items()), cls(**known)]
+    if "link" in names:
+        result += [cls(link=link, gamma=1.4) for link in ("negative", "log", "power")]
+    return result
+
+
+ALL = [term for cls in TERMS for term in variants(cls)]
+
+
+def test_every_term_is_found():
+    assert {fs.BCE, fs.SoftJaccard, fs.SoftDice, fs.Tversky} <= set(TERMS)
+    covered = {field.name for cls in TERMS for field in fields(cls)}
+    assert covered - {"link"} <= set(OPTIONS), "give the new option a value in OPTIONS"
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", None], ids=str)
+@pytest.mark.parametrize("target", [np.uint8, np.float64])
+@pytest.mark.parametrize("term", ALL, ids=repr)
+def test_gradient_equals_finite_differences(term, target, activation):
+    logits, targets = make((2, 3, 7), np.float64, target)
+    if activation is None:
+        logits = np.random.default_rng(5).uniform(0.05, 0.95, logits.shape)
+    weights = np.random.default_rng(6).uniform(0.5, 2.0, logits.shape)
+    mask = np.random.default_rng(7).random(logits.shape) < 0.9
+    mask[:, :, 0] = True
+    loss = term.replace(activation=activation)
+    for extra in ({}, {"weight_map": weights, "mask": mask}):
+        grad = loss.value_and_grad(logits, targets, **extra)[1]
+        step = 1e-6
+        expected = np.empty_like(grad)
+        for index in np.ndindex(logits.shape):
+            high, low = logits.copy(), logits.copy()
+            high[index] += step
+            low[index] -= step
+            expected[index] = (loss(high, targets, **extra) - loss(low, targets, **extra)) / (
+                2 * step
+            )
+        np.testing.assert_allclose(grad, expected, rtol=2e-6, atol=2e-9)
+
+
+def test_a_wrong_derivative_is_found():
+    """The check above fails for a gradient that is off by one part in a thousand."""
+    logits, targets = make((1, 1, 7), np.float64)
+    loss = fs.SoftJaccard()
+    grad = 1.001 * loss.value_and_grad(logits, targets)[1]
+    step = np.zeros_like(logits)
+    step[0, 0, 3] = 1e-6
+    expected = (loss(logits + step, targets) - loss(logits - step, targets)) / 2e-6
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(grad[0, 0, 3], expected, rtol=2e-6, atol=2e-9)
+
+
+def test_tversky_has_jaccard_and_dice_as_special_cases():
+    logits, targets = make((2, 2, 50), np.float64)
+    for special, general in (
+        (fs.SoftJaccard(), fs.Tversky(alpha=1.0, beta=1.0)),
+        (fs.SoftDice(), fs.Tversky(alpha=0.5, beta=0.5)),
+    ):
+        expected, expected_grad = special.value_and_grad(logits, targets)
+        got, grad = general.value_and_grad(logits, targets)
+        np.testing.assert_allclose(got, expected, rtol=1e-14)
+        np.testing.assert_allclose(grad, expected_grad, rtol=1e-12, atol=1e-17)
+
+
+@pytest.mark.parametrize(("empty", "score"), [("one", 1.0), ("zero", 0.0), ("skip", 1.0)])
+def test_empty_names_the_score_without_foreground(empty, score):
+    logits, targets = np.ones((1, 1, 5)), np.zeros((1, 1, 5), np.uint8)
+    value, grad = fs.SoftJaccard(empty=empty).value_and_grad(logits, targets)
+    assert value == 1.0 - score
+    assert np.all(grad == 0)
+
+
+def test_empty_formula_is_nan_only_at_zero_over_zero():
+    probs, targets = np.zeros((1, 1, 5)), np.zeros((1, 1, 5), np.uint8)
+    assert np.isnan(fs.SoftJaccard().replace(activation=None)(probs, targets))
+    smooth = fs.SoftJaccard(smooth_num=1.0, smooth_den=1.0).replace(activation=None)
+    assert smooth(probs, targets) == 0.0
+
+
+def test_skipped_rows_are_left_out_of_the_mean():
+    logits, targets = make((2, 1, 40), np.float64)
+    targets[1] = 0
+    expected = fs.SoftJaccard()(logits[:1], targets[:1])
+    assert fs.SoftJaccard(empty="skip")(logits, targets) == expected
+
+
+def test_classes_and_class_weights():
+    logits, targets = make((2, 3, 40), np.float64)
+    rows = fs.SoftJaccard().replace(reduction="none")(logits, targets)
+    np.testing.assert_allclose(
+        fs.SoftJaccard(classes=(1, 2))(logits, targets), rows[:, 1:].mean(), rtol=1e-15
+    )
+    weighted = fs.SoftJaccard(class_weights=(1.0, 2.0, 4.0))(logits, targets)
+    np.testing.assert_allclose(weighted, (rows * [1.0, 2.0, 4.0]).mean(), rtol=1e-15)
+    grad = fs.BCE(classes=[0]).value_and_grad(logits, targets)[1]
+    assert np.all(grad[:, 1:] == 0)
+    assert np.all(grad[:, 0] != 0)
