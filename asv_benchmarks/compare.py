@@ -26,10 +26,9 @@ from typing import Any
 from benchmarks import peers
 from benchmarks.common import Call, Volume, interleaved, update_limit, value_and_grad_limit, volume
 from benchmarks.updates import LISTS, LR, parameters
-from fastseg_kernels.cpu import threads as kernel_threads
 
 import fastseg as fs
-from fastseg.optimizers import Adam
+from fastseg_kernels.cpu import threads as kernel_threads
 
 LOSS = fs.BCE() + fs.SoftJaccard()
 SAME_VALUE = 1e-4  # MONAI smooths the quotient
@@ -97,10 +96,10 @@ def compare_adam(lists: dict[str, tuple[int, int]], rounds: int) -> list[dict[st
     rows = []
     for name, (count, size) in lists.items():
         params, grads = parameters(count, size)
-        optimizer = Adam([param.copy() for param in params], lr=LR)
+        optimizer = fs.Adam([param.copy() for param in params], lr=LR)
         calls: dict[str, Call] = {"fastseg": lambda o=optimizer, g=grads: o.step(g)}
         if count > 1:
-            other = Adam([param.copy() for param in params], lr=LR)
+            other = fs.Adam([param.copy() for param in params], lr=LR)
             turns = itertools.cycle([grads, [grad.copy() for grad in grads]])
             calls["new gradients"] = lambda o=other, turns=turns: o.step(next(turns))
         calls["limit"] = update_limit(4 * count * size, 4)
@@ -151,7 +150,7 @@ def call_overheads() -> list[dict[str, Any]]:
     """Time public calls on arrays so small that little but the call is left."""
     logits, targets, out = volume("float32", 8, "uint8")
     params, grads = parameters(10, 100)
-    step = Adam(params, lr=LR).step
+    step = fs.Adam(params, lr=LR).step
     calls: dict[str, Call] = {
         "value_and_grad of 2x1x8³": lambda: LOSS.value_and_grad(logits, targets, out=out),
         "Adam step of 10 arrays of 100": lambda: step(grads),
@@ -221,7 +220,8 @@ def ratio(seconds: dict[str, float], name: str, baseline: str = "fastseg") -> st
     """Show how many times as long as the baseline a contender takes."""
     if name not in seconds:
         return "-"
-    return f"{seconds[name] / seconds[baseline]:.2g}x"
+    times = seconds[name] / seconds[baseline]
+    return f"{times:.0f}x" if times >= 10.0 else f"{times:.2g}x"
 
 
 def shown(seconds: float) -> str:

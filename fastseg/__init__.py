@@ -14,6 +14,7 @@ from fastseg.config import get_num_threads, set_num_threads, show_config
 from fastseg.functional import sigmoid
 from fastseg.losses import Loss
 from fastseg.metrics import dice_score, jaccard_index, stat_scores
+from fastseg.optimizers import Adam, GradientDescent, Momentum
 from fastseg.options import Options
 from fastseg.statistics import Statistics, concatenate_statistics
 from fastseg.terms import BCE, RegionTerm, SoftDice, SoftJaccard, Term, Tversky
@@ -22,7 +23,10 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "BCE",
+    "Adam",
+    "GradientDescent",
     "Loss",
+    "Momentum",
     "Options",
     "RegionTerm",
     "SoftDice",

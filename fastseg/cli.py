@@ -146,11 +146,11 @@ def _plain(name: str, value: Any) -> str:
 
 def show_warmup() -> None:
     """Compile ahead behind a progress bar."""
-    from fastseg_kernels.cpu import cache_directory
     from rich.console import Console
 
     from fastseg.info import is_writable
     from fastseg.warmup import announced_compilation, compile_ahead
+    from fastseg_kernels.cpu import cache_directory
 
     directory = cache_directory()
     if directory is None:

@@ -48,7 +48,8 @@ def sigmoid(x: Any, out: Any = None) -> Any:
         source.dtype == "float64" and target.dtype[-2:] == "16"
     ):
         raise TypeError(
-            f"out must be floating point, as wide as x ({source.dtype}) or wider, got {target.dtype}"
+            f"out must be floating point, "
+            f"as wide as x ({source.dtype}) or wider, got {target.dtype}"
         )
     backend_of(library.device(x)).sigmoid(source, target)
     if out is not None:

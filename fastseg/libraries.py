@@ -38,6 +38,13 @@ class Library(Protocol):
         """Be told that ``array`` was changed in place."""
 
 
+@cache
+def _numpy_kind(dtype: np.dtype[Any]) -> str | None:
+    """Return the name of a NumPy dtype without its byte order, None if kernels cannot read it."""
+    kind = dtype.newbyteorder("=").name  # a microsecond or two: hence the cache
+    return kind if kind in DTYPE_CODES else None
+
+
 class NumPy:
     """`numpy.ndarray`, memory maps included."""
 
@@ -51,8 +58,8 @@ class NumPy:
                 f"and mask=~numpy.ma.getmaskarray({name})"
             )
         dtype = array.dtype
-        kind = dtype.name if dtype.isnative else dtype.newbyteorder("=").name
-        if kind not in DTYPE_CODES:
+        kind = _numpy_kind(dtype)
+        if kind is None:
             raise TypeError(
                 f"{name} must have one of the dtypes {', '.join(DTYPE_CODES)}, got {dtype}"
             )
@@ -170,7 +177,8 @@ def _library_of_class(cls: type) -> Library | None:
 
 def library_of(array: Any, name: str) -> Library:
     """Return the library of ``array``, the argument called ``name``; TypeError if it is none."""
-    library = _library_of_class(type(array))
+    cls: Any = type(array)
+    library = _library_of_class(cls)
     if library is None:
         modules = [base.__module__.partition(".")[0] for base in type(array).__mro__]
         advice = next(

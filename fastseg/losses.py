@@ -313,7 +313,7 @@ class Loss:
                 )
             cached = (classes, table_of(self.parts, classes))
             self.__dict__["_tables"] = cached
-        return cached[1]  # type: ignore[no-any-return]
+        return cached[1]
 
     def _reduced(self, value: NDArray[np.float64]) -> np.float64 | NDArray[np.float64]:
         return value if self.options.reduction == "none" else np.float64(value[0, 0])

@@ -8,21 +8,27 @@ is remembered for as long as the same gradient objects come again (see `HELD_BYT
 
 from __future__ import annotations
 
-import sys
-from bisect import bisect_left
 from collections.abc import Mapping
-from functools import lru_cache
-from math import inf, prod
-from numbers import Integral, Real
-from operator import attrgetter, is_
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from math import prod
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fastseg.libraries import Library, library_of
-from fastseg_kernels.constants import ITEM_SIZES
-from fastseg_kernels.views import View
+from fastseg.libraries import library_of
+from fastseg.parameters import (
+    Gradients,
+    _layout,
+    _view_bytes,
+    as_list,
+    check_grads,
+    check_params,
+    checked_number,
+    is_same,
+    places_of,
+    watched_tensors,
+    zeros_like_view,
+)
 
 if TYPE_CHECKING:
     from fastseg_kernels.cpu.updates import Table
@@ -32,9 +38,7 @@ HELD_BYTES = 64 * 2**20
 Larger ones are checked anew at each step: keeping them alive could cost the caller as much memory
 as the parameters, and beside a pass over them the check is short."""
 
-CACHE_LINE, PAGE = 64, 4096  # bytes
 FORMS = ("source", "pytorch")
-_nbytes = attrgetter("nbytes")
 
 
 class _Optimizer:
@@ -48,7 +52,7 @@ class _Optimizer:
 
     def __init__(self, params: Any, **values: Any) -> None:
         values = self._checked(values)
-        self.params = tuple(_as_list(params))
+        self.params = tuple(as_list(params))
         """The arrays that are updated."""
         self.step_count = 0
         """How many steps were taken."""
@@ -56,21 +60,21 @@ class _Optimizer:
             raise ValueError("params must have at least one array, got none")
         for name, value in values.items():
             setattr(self, name, value)
-        self._views, self._memory = _check_params(self.params)
+        self._views, self._memory = check_params(self.params)
         self._libraries = [library_of(param, "params") for param in self.params]
         self._counting = [  # arrays whose library counts writes, as autograd does
             (i, library.written)
             for i, library in enumerate(self._libraries)
             if library.name != "numpy"
         ]
-        self._watched = _watched(self.params)
-        self._places = _places(self._watched)
+        self._watched = watched_tensors(self.params)
+        self._places = places_of(self._watched)
         self._states = {
-            name: [_zeros(view, k) for view in self._views]
+            name: [zeros_like_view(view, k) for view in self._views]
             for k, name in enumerate(self._state_names)
         }
         self._table: Table | None = None
-        self._last: _Gradients | None = None
+        self._last: Gradients | None = None
 
     def step(
         self,
@@ -110,13 +114,13 @@ class _Optimizer:
         """
         values = self._current()
         if lr is not None:
-            values["lr"] = _number("lr", lr, at_least=0)
+            values["lr"] = checked_number("lr", lr, at_least=0)
         options: dict[str, Any] = {
-            "grad_scale": _number("grad_scale", grad_scale),
+            "grad_scale": checked_number("grad_scale", grad_scale),
             "weight_decay": values["weight_decay"],
             "zero_grads": bool(zero_grads),
         }
-        grads = _as_list(grads)
+        grads = as_list(grads)
         table = self._point_table(grads, options["zero_grads"])
         self._update(table, self.step_count + 1, values, options)
         self.step_count += 1
@@ -221,7 +225,7 @@ class _Optimizer:
         """Return the hyper-parameters as plain Python values; raise if one is out of range."""
         checked = dict(values)
         for name in ("lr", "weight_decay"):
-            checked[name] = _number(name, values[name], at_least=0)
+            checked[name] = checked_number(name, values[name], at_least=0)
         return checked
 
     def _update(
@@ -234,12 +238,12 @@ class _Optimizer:
         """Return the table, pointed at the parameters and at ``grads`` after checking both."""
         from fastseg_kernels.cpu import updates
 
-        places = _places(self._watched)
+        places = places_of(self._watched)
         moved = places != self._places
-        if self._table is not None and not moved and _is_same(self._last, grads, zero_grads):
+        if self._table is not None and not moved and is_same(self._last, grads, zero_grads):
             return self._table
         self._last = None
-        views, memory = _check_params(self.params) if moved else (self._views, self._memory)
+        views, memory = check_params(self.params) if moved else (self._views, self._memory)
         for i, (view, old) in enumerate(zip(views, self._views, strict=True)):
             if moved and (_layout(view), view.dtype) != (_layout(old), old.dtype):
                 raise ValueError(
@@ -247,7 +251,7 @@ class _Optimizer:
                     f"{old.strides} and has now {view.dtype}, {view.shape} and {view.strides}; "
                     "make a new optimiser"
                 )
-        grad_views = _check_grads(grads, views, memory, self._libraries, zero_grads)
+        grad_views = check_grads(grads, views, memory, self._libraries, zero_grads)
         if self._table is None:
             states = [
                 [library_of(array, name).view(array, name) for array in arrays]
@@ -257,10 +261,10 @@ class _Optimizer:
         self._views, self._memory, self._places = views, memory, places
         self._table.set_params(views)
         self._table.set_grads(grad_views)
-        watched = _watched(grads)
+        watched = watched_tensors(grads)
         holds_graph = any(tensor.requires_grad for tensor in watched)  # and all that it saved
         if sum(map(_view_bytes, grad_views)) <= HELD_BYTES and not holds_graph:
-            self._last = _Gradients(list(grads), watched, _places(watched), zero_grads)
+            self._last = Gradients(list(grads), watched, places_of(watched), zero_grads)
         return self._table
 
 
@@ -296,10 +300,9 @@ class GradientDescent(_Optimizer):
 
     Examples
     --------
-    >>> import numpy as np
-    >>> from fastseg.optimizers import GradientDescent
+    >>> import numpy as np, fastseg as fs
     >>> theta = np.array([1.0, 2.0])
-    >>> opt = GradientDescent(theta, lr=0.5)
+    >>> opt = fs.GradientDescent(theta, lr=0.5)
     >>> opt.step(np.array([1.0, -1.0]))
     >>> theta
     array([0.5, 2.5])
@@ -366,10 +369,9 @@ class Momentum(_Optimizer):
 
     Examples
     --------
-    >>> import numpy as np
-    >>> from fastseg.optimizers import Momentum
+    >>> import numpy as np, fastseg as fs
     >>> theta = np.array([1.0, 2.0])
-    >>> opt = Momentum(theta, lr=0.5, gamma=0.5)
+    >>> opt = fs.Momentum(theta, lr=0.5, gamma=0.5)
     >>> opt.step(np.array([1.0, -1.0]))
     >>> opt.step(np.array([0.0, 0.0]), lr=0.25)  # the velocity runs on
     >>> theta
@@ -408,8 +410,8 @@ class Momentum(_Optimizer):
     @classmethod
     def _checked(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         checked = super()._checked(values)
-        checked["gamma"] = _number("gamma", values["gamma"], at_least=0, below=1)
-        checked["dampening"] = dampening = _number("dampening", values["dampening"])
+        checked["gamma"] = checked_number("gamma", values["gamma"], at_least=0, below=1)
+        checked["dampening"] = dampening = checked_number("dampening", values["dampening"])
         checked["nesterov"] = nesterov = bool(values["nesterov"])
         form = values["form"]
         if form not in FORMS:
@@ -478,10 +480,9 @@ class Adam(_Optimizer):
 
     Examples
     --------
-    >>> import numpy as np
-    >>> from fastseg.optimizers import Adam
+    >>> import numpy as np, fastseg as fs
     >>> params = [np.ones((2, 3), np.float32), np.zeros(3, np.float32)]
-    >>> opt = Adam(params, lr=0.5)
+    >>> opt = fs.Adam(params, lr=0.5)
     >>> opt.step([np.full((2, 3), 4.0, np.float32), np.ones(3, np.float32)])
     >>> params[1].round(3)
     array([-0.5, -0.5, -0.5], dtype=float32)
@@ -519,13 +520,13 @@ class Adam(_Optimizer):
     @classmethod
     def _checked(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         checked = super()._checked(values)
-        checked["eps"] = _number("eps", values["eps"], at_least=0)
+        checked["eps"] = checked_number("eps", values["eps"], at_least=0)
         checked["decoupled_weight_decay"] = bool(values["decoupled_weight_decay"])
         betas = values["betas"]
         if not isinstance(betas, tuple | list) or len(betas) != 2:
             raise ValueError(f"betas must be two numbers, got {betas!r}")
         checked["betas"] = tuple(
-            _number(f"betas[{i}]", beta, at_least=0, below=1) for i, beta in enumerate(betas)
+            checked_number(f"betas[{i}]", beta, at_least=0, below=1) for i, beta in enumerate(betas)
         )
         return checked
 
@@ -537,230 +538,3 @@ class Adam(_Optimizer):
         lr, (beta1, beta2), eps = values["lr"], values["betas"], values["eps"]
         decoupled = values["decoupled_weight_decay"]
         updates.adam(table, step, lr, beta1, beta2, eps, decoupled=decoupled, **options)
-
-
-class _Gradients(NamedTuple):
-    """Gradients that were checked, and how to tell that they still lie where they lay."""
-
-    arrays: list[Any]
-    watched: list[Any]
-    places: list[int]
-    writable: bool
-
-
-def _is_same(last: _Gradients | None, grads: list[Any], zero_grads: bool) -> bool:
-    """Tell whether ``grads`` are the very objects that were checked, in the same memory."""
-    return (
-        last is not None
-        and (last.writable or not zero_grads)
-        and len(grads) == len(last.arrays)
-        and all(map(is_, grads, last.arrays))
-        and _places(last.watched) == last.places
-    )
-
-
-def _watched(arrays: Any) -> list[Any]:
-    """Return the tensors: ``tensor.data = other`` exchanges the memory under the same object.
-
-    A NumPy array refuses to be resized while it is referenced, as it is here.
-    """
-    return [array for array in arrays if not isinstance(array, np.ndarray)]
-
-
-def _places(watched: list[Any]) -> list[int]:
-    """Return what tells whether tensors still have the memory they had."""
-    if not watched:
-        return []
-    pointer = sys.modules["torch"].Tensor.data_ptr  # 60 ns each; methodcaller takes 130
-    return [*map(pointer, watched), *map(_nbytes, watched)]
-
-
-def _as_list(arrays: Any) -> list[Any]:
-    """Return the arrays as a list; one array is a list of one."""
-    if isinstance(arrays, list):
-        return arrays
-    return [arrays] if hasattr(arrays, "shape") else list(arrays)
-
-
-def _number(name: str, value: Any, *, at_least: float = -inf, below: float = inf) -> float:
-    """Return ``value`` as a float; it must be finite and in [at_least, below)."""
-    if not isinstance(value, (float, int, Real)):
-        raise TypeError(f"{name} must be a number, got {type(value).__qualname__}")
-    number = float(value)
-    if not (at_least <= number < below and number != -inf):
-        if at_least == -inf:
-            rule = "finite"
-        elif below == inf:
-            rule = f"finite and at least {at_least}"
-        else:
-            rule = f"in [{at_least}, {below})"
-        raise ValueError(f"{name} must be {rule}, got {value!r}")
-    return number
-
-
-def _view(array: Any, name: str, *, writable: bool) -> View:
-    """Describe one array of a list; it must be float32 or float64 and lie as the kernels need."""
-    if isinstance(array, np.ma.MaskedArray):
-        raise TypeError(
-            f"{name} is a numpy.ma.MaskedArray, whose mask would be ignored; pass {name}.data"
-        )
-    if array is None:
-        raise TypeError(f"{name} is None; leave out params that have no gradient")
-    library = library_of(array, name)
-    if library.name == "torch" and array.requires_grad:
-        array = array.detach()  # the same memory; torch.optim does not look at the graph either
-    view = library.view(array, name, writable=writable)
-    if view.dtype in ("float16", "bfloat16"):
-        raise TypeError(
-            f"{name} must be float32 or float64, got {view.dtype}: half-precision parameters need "
-            "float32 master weights, which are not in this version; keep the params in float32"
-        )
-    if view.dtype not in ("float32", "float64"):
-        raise TypeError(f"{name} must be float32 or float64, got {view.dtype}")
-    if view.swapped:
-        raise ValueError(
-            f"{name} must be in native byte order, got {array.dtype}; pass "
-            f"{name}.astype({view.dtype!r})"
-        )
-    if view.owner is not array or view.address % ITEM_SIZES[view.dtype]:
-        raise ValueError(f"{name} must be a plain array aligned to its elements; pass a copy")
-    return view
-
-
-@lru_cache(maxsize=1024)
-def _layout_of(
-    shape: tuple[int, ...], strides: tuple[int, ...], item_size: int
-) -> tuple[Any, ...] | None:
-    """Return what two arrays share whose elements lie in one order; None unless one run."""
-    if 0 in shape:
-        return shape, ()
-    steps = tuple((step, size) for step, size in zip(strides, shape, strict=True) if size > 1)
-    expected = item_size
-    for step, size in sorted(steps):
-        if step != expected:
-            return None
-        expected *= size
-    return shape, steps
-
-
-def _layout(view: View) -> tuple[Any, ...] | None:
-    return _layout_of(view.shape, view.strides, ITEM_SIZES[view.dtype])
-
-
-def _view_bytes(view: View) -> int:
-    return prod(view.shape) * ITEM_SIZES[view.dtype]
-
-
-def _zeros(view: View, k: int) -> NDArray[Any]:
-    """Return zeros for state ``k``, whose elements lie in the order of ``view``'s.
-
-    NumPy starts all large arrays 16 bytes into a page. Then every vector store touches two cache
-    lines, and reads of one array seem to depend on writes to another that agree in their lowest
-    twelve bits. States are aligned to cache lines, and large ones lie a quarter of a page apart
-    from the parameter and each other: Adam of 16M float32 8.5 instead of 10.8 ms.
-    """
-    size = _view_bytes(view)
-    if size == 0:
-        return np.zeros(view.shape, view.dtype)
-    period = PAGE if size >= 16 * PAGE else CACHE_LINE
-    memory = np.zeros(size + period, np.uint8)
-    wanted = view.address // CACHE_LINE * CACHE_LINE + (k + 1) * PAGE // 4
-    offset = (wanted - memory.ctypes.data) % period
-    return np.ndarray(view.shape, view.dtype, memory, offset, view.strides)
-
-
-def _check_params(params: tuple[Any, ...]) -> tuple[list[View], _Memory]:
-    """Return a view of every parameter and where all lie; raise where one cannot be updated."""
-    views = []
-    for i, param in enumerate(params):
-        name = f"params[{i}]"
-        if any(base.__module__.split(".")[0] in ("jax", "jaxlib") for base in type(param).__mro__):
-            raise TypeError(
-                f"{name} is a JAX array, which is immutable and cannot be updated in place; keep "
-                "the params in NumPy arrays"
-            )
-        view = _view(param, name, writable=True)
-        if _layout(view) is None:
-            raise ValueError(
-                f"{name} must be one run of memory, in any order of its axes, got shape "
-                f"{view.shape} with strides {view.strides}; pass a contiguous copy"
-            )
-        views.append(view)
-    memory = _memory_of(views)
-    _check_apart(memory, "params", "would be updated twice; pass every array once")
-    return views, memory
-
-
-def _check_grads(
-    grads: list[Any],
-    params: list[View],
-    memory: _Memory,
-    libraries: list[Library],
-    zero_grads: bool,
-) -> list[View]:
-    """Return a view of every gradient; raise where one does not fit its parameter."""
-    if len(grads) != len(params):
-        raise ValueError(f"grads must have one array per param ({len(params)}), got {len(grads)}")
-    views = [_view(grad, f"grads[{i}]", writable=zero_grads) for i, grad in enumerate(grads)]
-    if [library_of(grad, "grads") for grad in grads] != libraries or (
-        [view[1:4] for view in views] != [view[1:4] for view in params]  # shape, strides, dtype
-    ):
-        for i, (view, param) in enumerate(zip(views, params, strict=True)):
-            _check_fits(i, view, param, library_of(grads[i], "grads"), libraries[i])
-    if zero_grads:
-        consequence = "would be zeroed before it is read twice; pass copies"
-        _check_apart(_memory_of(views), "grads", consequence)
-    for i, view in enumerate(views):
-        # The last parameter that starts before the gradient's end alone can reach into it.
-        nearest = bisect_left(memory.starts, view.address + _view_bytes(view)) - 1
-        if nearest >= 0 and memory.ends[nearest] > view.address and 0 not in view.shape:
-            its = f"params[{memory.owners[nearest]}]"
-            raise ValueError(f"grads[{i}] shares memory with {its}; pass a copy")
-    return views
-
-
-def _check_fits(i: int, view: View, param: View, library: Library, its_library: Library) -> None:
-    """Raise if a gradient does not fit its parameter, other strides of one layout excepted."""
-    name, its = f"grads[{i}]", f"params[{i}]"
-    if library is not its_library:
-        raise TypeError(
-            f"{name} and {its} must come from one library, got {library.name} and "
-            f"{its_library.name}"
-        )
-    if view.shape != param.shape:
-        raise ValueError(f"{name} must have shape {param.shape} as {its}, got {view.shape}")
-    if view.dtype != param.dtype:
-        raise TypeError(f"{name} must have dtype {param.dtype} as {its}, got {view.dtype}")
-    if _layout(view) != _layout(param):
-        raise ValueError(
-            f"{name} must have strides {param.strides} as {its}, got {view.strides}; copy it to "
-            f"memory laid out as {its}"
-        )
-
-
-class _Memory(NamedTuple):
-    """First byte, byte after the last, and index of all arrays with elements, in address order."""
-
-    starts: list[int]
-    ends: list[int]
-    owners: list[int]
-
-
-def _memory_of(views: list[View]) -> _Memory:
-    spans = [
-        (view.address, view.address + _view_bytes(view), i)
-        for i, view in enumerate(views)
-        if 0 not in view.shape
-    ]
-    columns = zip(*sorted(spans), strict=True)
-    return _Memory(*map(list, columns)) if spans else _Memory([], [], [])
-
-
-def _check_apart(memory: _Memory, what: str, consequence: str) -> None:
-    """Raise if two arrays share memory."""
-    for k, (start, end) in enumerate(zip(memory.starts[1:], memory.ends, strict=False)):
-        if start < end:
-            first, second = sorted(memory.owners[k : k + 2])
-            raise ValueError(
-                f"{what}[{second}] shares memory with {what}[{first}] and {consequence}"
-            )

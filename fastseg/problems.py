@@ -136,7 +136,7 @@ def as_numpy(view: View, shape: tuple[int, ...] | None = None) -> np.ndarray[Any
     low = sum(min(0, step * (size - 1)) for step, size in zip(view.strides, shape, strict=True))
     high = sum(max(0, step * (size - 1)) for step, size in zip(view.strides, shape, strict=True))
     size = high - low + ITEM_SIZES[view.dtype]
-    buffer = (ctypes.c_char * size).from_address(view.address + low)
+    buffer: Any = (ctypes.c_char * size).from_address(view.address + low)
     return np.ndarray(shape, _numpy_dtype(view), buffer, -low, view.strides)
 
 
@@ -184,7 +184,8 @@ def _overlap(a: View, b: View) -> bool:
     if not np.may_share_memory(first, second):
         return False
     try:
-        return np.shares_memory(first, second, max_work=10_000)
+        work: Any = 10_000  # candidate solutions; NumPy's stub knows only its two special values
+        return np.shares_memory(first, second, max_work=work)
     except np.exceptions.TooHardError:
         return True
 

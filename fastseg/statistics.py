@@ -37,7 +37,9 @@ class Statistics:
     >>> import numpy as np, fastseg as fs
     >>> logits, targets = np.zeros((1, 1, 8), np.float32), np.ones((1, 1, 8), bool)
     >>> loss = fs.SoftJaccard()
-    >>> halves = [loss.statistics(logits[..., k::2], targets[..., k::2], samples="a") for k in (0, 1)]
+    >>> halves = [
+    ...     loss.statistics(logits[..., k::2], targets[..., k::2], samples="a") for k in (0, 1)
+    ... ]
     >>> float(loss.value(sum(halves))) == float(loss(logits, targets)) == 0.5
     True
     """

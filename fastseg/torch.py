@@ -1,11 +1,11 @@
 """Losses for PyTorch's autograd. Importing this module imports torch.
 
-    >>> import torch, fastseg as fs, fastseg.torch
-    >>> criterion = fastseg.torch.Loss(fs.BCE() + fs.SoftJaccard())
-    >>> logits = torch.zeros(1, 1, 4, 4, requires_grad=True)
-    >>> criterion(logits, torch.ones(1, 1, 4, 4)).backward()
-    >>> tuple(logits.grad.shape)
-    (1, 1, 4, 4)
+>>> import torch, fastseg as fs, fastseg.torch
+>>> criterion = fastseg.torch.Loss(fs.BCE() + fs.SoftJaccard())
+>>> logits = torch.zeros(1, 1, 4, 4, requires_grad=True)
+>>> criterion(logits, torch.ones(1, 1, 4, 4)).backward()
+>>> tuple(logits.grad.shape)
+(1, 1, 4, 4)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class _Function(torch.autograd.Function):
     """Forward: statistics and value. Backward: the gradient verb, scaled from above."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         logits: torch.Tensor,
         targets: torch.Tensor,
@@ -40,7 +40,7 @@ class _Function(torch.autograd.Function):
         return torch.as_tensor(value).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         logits, targets, mask, weight_map = ctx.saved_tensors
         grad = _Gradient.apply(  # type: ignore[no-untyped-call]
             logits, upstream, targets, mask, weight_map, ctx.loss, ctx.statistics
@@ -52,7 +52,7 @@ class _Gradient(torch.autograd.Function):
     """The gradient as a node of its own, so that differentiating it raises and is never silent."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         logits: torch.Tensor,
         upstream: torch.Tensor,

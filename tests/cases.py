@@ -76,7 +76,9 @@ def magnitude(loss: fs.Loss, grad_of: Any) -> np.ndarray:
     """Return the sum over the terms of |gradient|: what a gradient's error is measured against."""
     total: Any = 0.0
     for weight, term in loss.parts:
-        total = total + np.abs(weight * grad_of(fs.losses.WeightedSum(((1.0, term),), loss.options)))
+        total = total + np.abs(
+            weight * grad_of(fs.losses.WeightedSum(((1.0, term),), loss.options))
+        )
     return np.asarray(total)
 
 

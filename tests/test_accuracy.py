@@ -106,7 +106,7 @@ def test_nan_in_nan_out(activation, target, dtype, where):
     assert np.count_nonzero(np.isnan(bce_grad)) == 1  # at that voxel and nowhere else
 
 
-# In float64 the sums themselves, added up in float64, are off by a few ulp, and so the coefficients.
+# Sums in float64 are off by a few ulp themselves, and so are the coefficients made of them.
 @pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 4.0), (np.float64, 8.0)])
 @pytest.mark.parametrize("spread", [0.01, 1.0, 5.0, 30.0])
 def test_gradient_of_bce_and_jaccard_is_within_4_ulp_of_itself(spread, dtype, bound):

@@ -36,7 +36,7 @@ def test_chunk_loop_equals_memory(tmp_path, shape, step, dtype, rtol):
     loss = LOSS.replace(layout="")
     slabs = [slice(i, i + step) for i in range(0, shape[0], step)]
     s = sum(loss.statistics(logits[k], targets[k], samples="volume") for k in slabs)
-    expected, expected_grad, whole = loss.evaluate(np.array(logits), np.array(targets))
+    _, expected_grad, whole = loss.evaluate(np.array(logits), np.array(targets))
     np.testing.assert_allclose(s.array, whole.array, rtol=rtol)
     np.testing.assert_allclose(loss.value(s), loss.value(whole), rtol=rtol)
     grad = np.lib.format.open_memmap(tmp_path / "grad.npy", "w+", dtype, shape)

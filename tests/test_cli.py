@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import fastseg_kernels
 import numpy as np
 import pytest
 
 import fastseg as fs
+import fastseg_kernels
 from fastseg import demo, demo_data, info, warmup
 from fastseg.cli import main
 
@@ -170,7 +170,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     out = tmp_path_factory.mktemp("demo") / "made" / "by it"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(socket, "socket", refuse)
+        patch.setattr(socket.socket, "connect", refuse)
         patch.setattr(socket, "getaddrinfo", refuse)
         with pytest.raises(SystemExit) as stopped:
             main(["demo", "--quick", "--seed", "3", "--out", str(out)])
@@ -239,12 +239,12 @@ def test_demo_slabs_are_axial_and_apart() -> None:
 
 def test_plain_gradient_is_the_fused_one() -> None:
     rng = np.random.default_rng(0)
-    logits = rng.normal(0, 3, 1000)
+    logits = rng.normal(0, 3, 1000).astype(np.float32)
     targets = rng.random(1000) < 0.3
     got = demo.LOSS.value_and_grad(logits, targets)
-    expected = demo.plain_value_and_grad(logits, targets)
-    np.testing.assert_allclose(got[0], expected[0], rtol=1e-12)
-    np.testing.assert_allclose(got[1], expected[1], rtol=1e-9, atol=1e-12)
+    expected = demo.plain_value_and_grad(logits.astype(np.float64), targets)
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(got[1], expected[1], rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize(

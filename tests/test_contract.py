@@ -96,9 +96,9 @@ LAYOUTS = {
     "transposed": lambda a: np.ascontiguousarray(np.swapaxes(a, 2, 3)).swapaxes(2, 3),
     "swapped_bytes": lambda a: a.astype(a.dtype.newbyteorder(">")),
     "row_padded": lambda a: np.pad(a, [(0, 0), (0, 0), (0, 0), (0, 3)])[..., :-3],
-    "unaligned": lambda a: np.frombuffer(b"\0" + a.tobytes(), np.uint8)[1:]
-    .view(a.dtype)
-    .reshape(a.shape),
+    "unaligned": lambda a: (
+        np.frombuffer(b"\0" + a.tobytes(), np.uint8)[1:].view(a.dtype).reshape(a.shape)
+    ),
 }
 
 

@@ -198,10 +198,16 @@ def test_partial_overlap_of_out_is_refused():
     assert np.any(both[..., 1] != 0)
     memory = np.zeros(X.size * 4, np.uint8)
     with pytest.raises(ValueError, match="out must not overlap targets"):
-        LOSS.value_and_grad(X, memory[: X.size].reshape(X.shape), out=memory.view(np.float32).reshape(X.shape))
+        LOSS.value_and_grad(
+            X, memory[: X.size].reshape(X.shape), out=memory.view(np.float32).reshape(X.shape)
+        )
 
 
 def test_too_many_scattered_axes_are_refused_with_advice():
-    array = np.zeros((1, 1, *([4] * 8)), np.float32)[(slice(None),) * 2 + (slice(None, None, 2),) * 8]
-    with pytest.raises(ValueError, match="at most 6 spatial axes .* got 8; pass contiguous copies"):
+    array = np.zeros((1, 1, *([4] * 8)), np.float32)[
+        (slice(None),) * 2 + (slice(None, None, 2),) * 8
+    ]
+    with pytest.raises(
+        ValueError, match=r"at most 6 spatial axes .* got 8; pass contiguous copies"
+    ):
         LOSS(array, np.zeros(array.shape, bool))

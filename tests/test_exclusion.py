@@ -45,7 +45,9 @@ def test_weight_map_equals_reference(loss, target):
 
 
 @pytest.mark.parametrize("dtype", LOGIT_DTYPES, ids=name_of)
-@pytest.mark.parametrize("target", [np.uint8, np.int16, np.int64, np.float32, ml_dtypes.bfloat16], ids=name_of)
+@pytest.mark.parametrize(
+    "target", [np.uint8, np.int16, np.int64, np.float32, ml_dtypes.bfloat16], ids=name_of
+)
 @pytest.mark.parametrize("ignore", [3, 100])
 def test_ignore_index_equals_reference(ignore, target, dtype):
     logits, targets = make((2, 3, 7, 331), dtype, target)
@@ -57,7 +59,9 @@ def test_ignore_index_equals_reference(ignore, target, dtype):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("target", [np.uint8, np.int8, np.int64, np.float32, np.float64], ids=name_of)
+@pytest.mark.parametrize(
+    "target", [np.uint8, np.int8, np.int64, np.float32, np.float64], ids=name_of
+)
 @pytest.mark.parametrize("positive", ["nonzero", 0, 1, 4])
 @pytest.mark.parametrize("ignore", [None, 4, 2])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -153,7 +157,7 @@ def test_everything_excluded_is_zero():
         (np.array([0, 1.5, 1], np.float32), r"in \[0, 1\], got 1.5 \(invalid voxels: 1 of 3\)"),
         (np.array([0, -0.25, 1], np.float64), r"in \[0, 1\], got -0.25 \(invalid voxels: 1 of 3\)"),
         (np.array([0, np.nan, 1], np.float16), r"in \[0, 1\], got nan \(invalid voxels: 1 of 3\)"),
-        (np.array([0, 3, 1], ml_dtypes.bfloat16), r"in \[0, 1\], got 3.0 \(invalid voxels: 1 of 3\)"),
+        (np.array([0, 3, 1], "bfloat16"), r"in \[0, 1\], got 3.0 \(invalid voxels: 1 of 3\)"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("pad", [0, 5000], ids=["short", "long"])

@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("numba", "llvmlite", "cupy", "torch", "jax", "dask", "scipy", "matplotlib", "typer", "rich")
+HEAVY = (
+    "numba",
+    "llvmlite",
+    "cupy",
+    "torch",
+    "jax",
+    "dask",
+    "scipy",
+    "matplotlib",
+    "typer",
+    "rich",
+)
 
 
 def run(code: str) -> str:

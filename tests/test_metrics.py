@@ -15,9 +15,7 @@ from fastseg_kernels import reference as ref
 def expected_counts(pred: np.ndarray, true: np.ndarray, valid: np.ndarray) -> dict[str, np.ndarray]:
     axes = tuple(range(2, pred.ndim))
     pairs = {"tp": (1, 1), "fp": (1, 0), "fn": (0, 1), "tn": (0, 0)}
-    return {
-        name: ((pred == p) & (true == t) & valid).sum(axes) for name, (p, t) in pairs.items()
-    }
+    return {name: ((pred == p) & (true == t) & valid).sum(axes) for name, (p, t) in pairs.items()}
 
 
 @pytest.mark.parametrize("threshold", [None, 0.3, 0.9, 1.0])
@@ -29,7 +27,11 @@ def test_logits_and_probabilities_are_thresholded(dtype, target, threshold):
     valid = np.ones(logits.shape, bool)
     level = 0.5 if threshold is None else threshold
     with np.errstate(divide="ignore"):
-        cut = np.float32(np.log(level) - np.log1p(-level)) if dtype != np.float64 else np.log(level) - np.log1p(-level)
+        cut = (
+            np.float32(np.log(level) - np.log1p(-level))
+            if dtype != np.float64
+            else np.log(level) - np.log1p(-level)
+        )
     expected = expected_counts(logits.astype(np.float64) >= cut, true, valid)
     got = fs.stat_scores(logits, targets, threshold=threshold)
     for name in expected:
@@ -47,7 +49,9 @@ def test_half_probability_is_foreground():
     assert fs.jaccard_index(np.full((1, 1, 3), 0.5), np.ones((1, 1, 3), bool), kind="probs") == 1.0
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64, np.uint64, np.float32, bool], ids=name_of)
+@pytest.mark.parametrize(
+    "dtype", [np.uint8, np.int16, np.int64, np.uint64, np.float32, bool], ids=name_of
+)
 @pytest.mark.parametrize("ignore", [None, 0, 255])
 def test_labels_equal_one_hot_counts(ignore, dtype):
     rng = np.random.default_rng(0)

@@ -359,7 +359,7 @@ def test_contents_of_the_same_gradients_are_read_anew(monkeypatch):
     start = copies(params)
     opt = GradientDescent(params, lr=1.0)
     opt.step(grads)
-    monkeypatch.setattr(optimizers, "_check_grads", None)  # the same objects: no check
+    monkeypatch.setattr(optimizers, "check_grads", None)  # the same objects: no check
     for grad in grads:
         grad *= 2
     opt.step(list(grads))

@@ -14,6 +14,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+
 from fastseg_kernels import reference as ref
 
 VALUE = {"rtol": 1e-13, "atol": 1e-15}  # both sides in float64: a few roundings of sums of ~100

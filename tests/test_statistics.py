@@ -44,7 +44,9 @@ def test_chunks_add_up_to_the_whole():
     logits, targets = make((1, 2, 40, 16, 16))
     whole = LOSS.statistics(logits, targets, track=("hard",), samples="v")
     chunks = [
-        LOSS.statistics(logits[:, :, i : i + 7], targets[:, :, i : i + 7], track=("hard",), samples="v")
+        LOSS.statistics(
+            logits[:, :, i : i + 7], targets[:, :, i : i + 7], track=("hard",), samples="v"
+        )
         for i in range(0, 40, 7)
     ]
     total = sum(chunks)
@@ -80,9 +82,8 @@ def test_concatenate_joins_samples():
         fs.concatenate_statistics([stats(samples=["a", "b"]), stats(samples=["c", "a"])])
     with pytest.raises(ValueError, match="same columns and classes"):
         fs.concatenate_statistics([stats(), stats(track=("hard",))])
-    assert fs.concatenate_statistics([stats(samples=["a", "b"]), stats(samples=["c", "d"])]).samples == (
-        "a", "b", "c", "d",
-    )  # fmt: skip
+    joined = fs.concatenate_statistics([stats(samples=["a", "b"]), stats(samples=["c", "d"])])
+    assert joined.samples == ("a", "b", "c", "d")
 
 
 def test_per_sample_loss_of_two_halves_differs_from_their_sum():
@@ -109,7 +110,10 @@ def test_gradient_of_rows_uses_the_whole():
     s = loss.statistics(logits, targets)
     expected = loss.gradient(logits, targets, s)
     got = np.concatenate(
-        [loss.gradient(logits[i : i + 2], targets[i : i + 2], s, rows=slice(i, i + 2)) for i in (0, 2)]
+        [
+            loss.gradient(logits[i : i + 2], targets[i : i + 2], s, rows=slice(i, i + 2))
+            for i in (0, 2)
+        ]
     )
     np.testing.assert_array_equal(got, expected)
 
@@ -164,7 +168,9 @@ def test_scores_equal_the_reference():
     logits, targets = make((3, 2, 999))
     s = LOSS.evaluate(logits, targets, track=("hard",))[2]
     tp, fp, fn, tn = ref.confusion_counts(logits, targets)
-    np.testing.assert_array_equal(s.jaccard_index(reduction="none"), ref.hard_jaccard_index(tp, fp, fn))
+    np.testing.assert_array_equal(
+        s.jaccard_index(reduction="none"), ref.hard_jaccard_index(tp, fp, fn)
+    )
     np.testing.assert_array_equal(s.dice_score(reduction="none"), ref.hard_dice_score(tp, fp, fn))
     for name, expected in zip(("tp", "fp", "fn", "tn"), (tp, fp, fn, tn), strict=True):
         np.testing.assert_array_equal(s.counts()[name], expected)

@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 import fastseg as fs
 import fastseg.torch
@@ -88,7 +88,9 @@ def test_gradcheck(loss, target):
     weights = torch.rand(2, 5, dtype=torch.float64)
     logits.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: criterion(x, targets), (logits,))
-    assert torch.autograd.gradcheck(lambda x: criterion(x, targets, weight_map=weights, mask=weights > 0.2), (logits,))
+    assert torch.autograd.gradcheck(
+        lambda x: criterion(x, targets, weight_map=weights, mask=weights > 0.2), (logits,)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -97,7 +99,9 @@ def test_upstream_gradient_is_applied_before_rounding(dtype):
     logits.requires_grad_()
     (fastseg.torch.Loss(1e-6 * LOSS)(logits, targets) * 2.0**20).backward()
     expected = LOSS.value_and_grad(logits.detach(), targets, grad_scale=1e-6 * 2.0**20)[1]
-    torch.testing.assert_close(logits.grad, expected, rtol=1e-6 if dtype in DTYPES[:2] else 1e-2, atol=1e-7)
+    torch.testing.assert_close(
+        logits.grad, expected, rtol=1e-6 if dtype in DTYPES[:2] else 1e-2, atol=1e-7
+    )
     assert torch.count_nonzero(logits.grad) > 900
 
 
@@ -165,7 +169,9 @@ def test_bce_equals_torch(pos_weight):
     logits, targets = tensors((2, 3, 5, 67), torch.float64)
     logits.requires_grad_()
     weight = None if pos_weight is None else torch.tensor(pos_weight, dtype=torch.float64)
-    expected = F.binary_cross_entropy_with_logits(logits, targets.double(), pos_weight=weight)
+    expected = functional.binary_cross_entropy_with_logits(
+        logits, targets.double(), pos_weight=weight
+    )
     expected.backward()
     value, grad = fs.BCE(pos_weight=pos_weight or 1.0).value_and_grad(logits.detach(), targets)
     torch.testing.assert_close(value, expected.detach(), rtol=1e-13, atol=0)
@@ -176,7 +182,7 @@ def test_bce_of_probabilities_equals_torch():
     probs = torch.tensor([[[0.0, 1.0, 1.0, 0.0, 0.3, 1e-30, 0.999999]]], dtype=torch.float64)
     targets = torch.tensor([[[0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.25]]], dtype=torch.float64)
     probs.requires_grad_()
-    expected = F.binary_cross_entropy(probs, targets)
+    expected = functional.binary_cross_entropy(probs, targets)
     expected.backward()
     value, grad = fs.BCE().replace(activation=None).value_and_grad(probs.detach(), targets)
     torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=0)

@@ -22,15 +22,19 @@ def torch_module() -> Any:
     return torch
 
 
-def bce_and_jaccard(logits: Any, targets: Any) -> Any:
+def _bce_and_jaccard() -> Any:
     """Return BCE + the mean over the samples of one minus the soft Jaccard index, by hand."""
-    torch = torch_module()
-    bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets)
-    probs = torch.sigmoid(logits)
-    axes = tuple(range(1, logits.ndim))
-    intersection = (probs * targets).sum(axes)
-    union = probs.sum(axes) + targets.sum(axes) - intersection
-    return bce + (1.0 - intersection / union).mean()
+    torch = torch_module()  # out here: torch.compile would break the graph at it
+
+    def loss(logits: Any, targets: Any) -> Any:
+        bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets)
+        probs = torch.sigmoid(logits)
+        axes = tuple(range(1, logits.ndim))
+        intersection = (probs * targets).sum(axes)
+        union = probs.sum(axes) + targets.sum(axes) - intersection
+        return bce + (1.0 - intersection / union).mean()
+
+    return loss
 
 
 def _value_and_grad(loss: Any, arrays: Volume) -> Call:
@@ -42,7 +46,7 @@ def _value_and_grad(loss: Any, arrays: Volume) -> Call:
         logits.grad = None  # what zero_grad(set_to_none=True) does
         value = loss(logits, targets)
         value.backward()
-        return value
+        return value.detach()
 
     call()
     return call
@@ -50,14 +54,14 @@ def _value_and_grad(loss: Any, arrays: Volume) -> Call:
 
 def eager(arrays: Volume) -> Call:
     """Return forward and backward of the loss written by hand in PyTorch."""
-    return _value_and_grad(bce_and_jaccard, arrays)
+    return _value_and_grad(_bce_and_jaccard(), arrays)
 
 
 def compiled(arrays: Volume) -> Call:
     """Return the same through torch.compile, which may fail for want of a C++ compiler."""
     torch = torch_module()
     torch._dynamo.reset()
-    return _value_and_grad(torch.compile(bce_and_jaccard, dynamic=False), arrays)
+    return _value_and_grad(torch.compile(_bce_and_jaccard(), dynamic=False), arrays)
 
 
 def monai(arrays: Volume) -> Call:

@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastseg.optimizers import Adam as FastsegAdam
-from fastseg.optimizers import GradientDescent as FastsegGradientDescent
-from fastseg.optimizers import Momentum as FastsegMomentum
+import fastseg as fs
 
 from . import peers
 from .common import PERIOD, Call, over, update_limit
@@ -57,21 +55,21 @@ class _Update:
 
 class GradientDescent(_Update):
     def make_optimizer(self, params: list[np.ndarray]) -> Any:
-        return FastsegGradientDescent(params, lr=LR)
+        return fs.GradientDescent(params, lr=LR)
 
 
 class Momentum(_Update):
     memory_arrays = 3
 
     def make_optimizer(self, params: list[np.ndarray]) -> Any:
-        return FastsegMomentum(params, lr=LR, gamma=0.9)
+        return fs.Momentum(params, lr=LR, gamma=0.9)
 
 
 class Adam(_Update):
     memory_arrays = 4
 
     def make_optimizer(self, params: list[np.ndarray]) -> Any:
-        return FastsegAdam(params, lr=LR)
+        return fs.Adam(params, lr=LR)
 
 
 class TorchAdam:
@@ -93,5 +91,5 @@ class TorchAdam:
         self.call()
 
     def track_fastseg_over_peer(self, implementation: str, arrays: str) -> float:
-        step, grads = FastsegAdam(self.arrays, lr=LR).step, self.grads
+        step, grads = fs.Adam(self.arrays, lr=LR).step, self.grads
         return over(lambda: step(grads), self.call)

@@ -9,8 +9,10 @@ three only for views that were sliced along several axes; past six the caller co
 DTYPE_CODES = {
     name: code
     for code, name in enumerate(
-        ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
-        + ("float16", "bfloat16", "float32", "float64")
+        (
+            *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
+            *("float16", "bfloat16", "float32", "float64"),
+        )
     )
 }
 """How a kernel is told the element type of an operand at run time."""

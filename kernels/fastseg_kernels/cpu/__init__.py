@@ -1,4 +1,7 @@
-"""The CPU backend: kernels compiled by Numba. ``fastseg.dispatch.Backend`` types what it exports."""
+"""The CPU backend: kernels compiled by Numba.
+
+``fastseg.dispatch.Backend`` types what it exports.
+"""
 
 from fastseg_kernels.cpu.compiled import cache_directory
 from fastseg_kernels.cpu.evaluate import evaluate

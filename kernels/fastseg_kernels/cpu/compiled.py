@@ -35,8 +35,12 @@ import llvmlite
 import numba
 import numpy as np
 from numba import njit, types
-from numba.core import caching, compiler, serialize
-from numba.core.ccallback import CFunc
+from numba.core import caching, ccallback, compiler, serialize
+
+# Parts of Numba that are not documented; each is as old as its cache.
+_compiler: Any = compiler
+_serialize: Any = serialize
+_ccallback: Any = ccallback
 
 LOG = logging.getLogger("fastseg.compile")
 KERNEL_SIGNATURE = types.void(types.int64, types.int64, types.int64)
@@ -64,8 +68,8 @@ def cache_directory() -> Path | None:
     chosen = os.environ.get("FASTSEG_CACHE_DIR")
     if chosen is not None:
         return Path(chosen) if chosen else None
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "fastseg"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "fastseg"
 
 
 @cache
@@ -80,7 +84,7 @@ def source_digest() -> bytes:
     return digest.digest()
 
 
-class DiskCache(caching._Cache):  # type: ignore[misc]
+class DiskCache(caching._Cache):
     """What Numba asks of a cache, with one self-describing file per kernel."""
 
     def __init__(self, name: str) -> None:
@@ -89,15 +93,19 @@ class DiskCache(caching._Cache):  # type: ignore[misc]
 
     @property
     def cache_path(self) -> str:
+        """Return the directory."""
         return str(cache_directory())
 
     def enable(self) -> None:
+        """Use the cache."""
         self.enabled = True
 
     def disable(self) -> None:
+        """Do not use the cache."""
         self.enabled = False
 
     def flush(self) -> None:
+        """Refuse: kernels of other processes lie in the same directory."""
         raise NotImplementedError("remove the cache directory instead: see fastseg.show_config()")
 
     def _path(self, signature: Any, target_context: Any) -> Path | None:
@@ -109,6 +117,7 @@ class DiskCache(caching._Cache):  # type: ignore[misc]
         return directory / f"{self.name}-{key.hexdigest()[:32]}.bin"
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:
+        """Return the compiled kernel, or None: not there, damaged, or not readable."""
         target_context.refresh()
         path = self._path(signature, target_context)
         try:
@@ -122,23 +131,24 @@ class DiskCache(caching._Cache):  # type: ignore[misc]
         if hashlib.sha256(payload).digest() != checksum:  # a disk that was full, a copy cut short
             LOG.warning("ignoring the damaged cache file %s", path)
             return None
-        return compiler.CompileResult._rebuild(target_context, *pickle.loads(payload))
+        return _compiler.CompileResult._rebuild(target_context, *pickle.loads(payload))
 
     def save_overload(self, signature: Any, data: Any) -> None:
+        """Write the compiled kernel, or let it be where that cannot be done."""
         path = self._path(signature, data.target_context)
         if path is None:
             return
-        payload = serialize.dumps(data._reduce())
+        payload = _serialize.dumps(data._reduce())
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.write(hashlib.sha256(payload).digest() + payload)
-                os.replace(temporary, path)
+                Path(temporary).replace(path)
             except BaseException:
                 with contextlib.suppress(OSError):
-                    os.unlink(temporary)
+                    Path(temporary).unlink()
                 raise
         except OSError as error:
             LOG.info("not cached (%s): %s", error, path)
@@ -189,7 +199,7 @@ class Kernel:
         body.__qualname__ = f"{name}."
         _name_by_content(body)
         signature = (KERNEL_SIGNATURE.args, KERNEL_SIGNATURE.return_type)
-        compiled = CFunc(body, signature, {}, OPTIONS)
+        compiled = _ccallback.CFunc(body, signature, {}, OPTIONS)
         compiled._cache = DiskCache(name)
         with _COMPILING:
             compiled.compile()

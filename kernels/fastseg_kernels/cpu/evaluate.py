@@ -57,10 +57,9 @@ def region(term, sums):  # type: ignore[no-untyped-def]
     if clamped:
         # score = n / eps stays a quotient of its own: r = 1 - n / eps, d r = -d n / eps.
         numerator, denominator = term[EPS] - (denominator - numerator), term[EPS]
+    r = numerator / denominator
     if empty:
         r = 0.0 if rule == ONE else 1.0
-    else:
-        r = numerator / denominator
     slope_f, slope_g = 0.0, 0.0
     if not empty:
         if clamped:

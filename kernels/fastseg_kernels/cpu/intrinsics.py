@@ -9,10 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numba
 from llvmlite import ir
-from numba import types
+from numba import extending
 from numba.core.errors import TypingError
-from numba.extending import intrinsic
+
+# Untyped, or a type checker would take what is called inside a kernel for what is declared here.
+intrinsic: Any = extending.intrinsic
+_numba: Any = numba
+carray, types = _numba.carray, _numba.types
 
 BITS_TYPE = {types.float32: types.int32, types.float64: types.int64}
 FLOAT_TYPE = {integer: real for real, integer in BITS_TYPE.items()}
@@ -25,7 +30,7 @@ def _require(condition: bool, name: str, got: object) -> None:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def fma(typing_context: Any, a: Any, b: Any, c: Any) -> tuple[Any, Callable[..., Any]]:
-    """``a * b + c``, rounded once (one instruction where the CPU has it)."""
+    """Return ``a * b + c``, rounded once (one instruction where the CPU has it)."""
     _require(a in BITS_TYPE and a == b == c, "fma takes three floats of one type,", (a, b, c))
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:

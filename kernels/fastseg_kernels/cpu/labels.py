@@ -7,12 +7,11 @@ from math import prod
 from typing import Any
 
 import numpy as np
-from numba import carray
 from numpy.typing import NDArray
 
 from fastseg_kernels.cpu import threads
 from fastseg_kernels.cpu.compiled import Kernel
-from fastseg_kernels.cpu.intrinsics import address_of, pointer_to, stack_array
+from fastseg_kernels.cpu.intrinsics import address_of, carray, pointer_to, stack_array
 from fastseg_kernels.cpu.operands import SCRATCH_WORDS, STAGE, load_labels, load_raw
 from fastseg_kernels.cpu.overlap import block_length
 from fastseg_kernels.cpu.passes import SHARED_FROM, fill_geometry
@@ -96,6 +95,6 @@ def count_labels(problem: Problem, num_classes: int) -> NDArray[np.float64]:
     record["sums"] = tables.ctypes.data
     tasks = shape[0] * blocks
     threads.run(label_kernel(), job.ctypes.data, tasks, prod(shape) >= SHARED_FROM)
-    counts = tables.sum(axis=1).astype(np.float64)
+    counts: NDArray[np.float64] = tables.sum(axis=1).astype(np.float64)
     counts[:, :, VALID:] = counts[:, :1, VALID:]  # of the sample, whatever the class
     return counts

@@ -302,7 +302,7 @@ def make_load_reals(real: Real) -> Any:
             widen_half(source, count, out)
         elif code == F64:
             widen_f64(source, count, out)
-        elif code == U8 or code == BOOL:
+        elif code in (U8, BOOL):
             widen_u8(source, count, out)
         elif code == I8:
             widen_i8(source, count, out)
@@ -365,7 +365,7 @@ _from_i64 = _int64_from[np.int64]
 @function
 def _load_integers(source, code, count, out):  # type: ignore[no-untyped-def]
     """Widen labels to int64. uint64 is read as int64: labels past 2^63 come out negative."""
-    if code == U8 or code == BOOL:
+    if code in (U8, BOOL):
         _from_u8(source, count, out)
     elif code == I8:
         _from_i8(source, count, out)

@@ -19,7 +19,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import carray
 
 from fastseg_kernels.constants import (
     BASE_COLUMNS,
@@ -32,6 +31,7 @@ from fastseg_kernels.cpu.elementary import REALS
 from fastseg_kernels.cpu.intrinsics import (
     address_of,
     call_kernel,
+    carray,
     pointer_to,
     stack_array,
     wide_vectors,
@@ -179,10 +179,7 @@ def _make_count_invalid(variant: Variant) -> Any:
     def count_invalid(x, p, count):  # type: ignore[no-untyped-def]
         invalid = 0
         for i in range(count):
-            if binary:
-                wrong = p[i] > np.uint8(1)
-            else:
-                wrong = not (zero <= p[i] <= one)
+            wrong = p[i] > np.uint8(1) if binary else not (zero <= p[i] <= one)
             if probs:
                 wrong = wrong or x[i] < zero or x[i] > one
             invalid += wrong

@@ -42,6 +42,7 @@ class Variant(NamedTuple):
     families: frozenset[str] = frozenset()
 
     def name(self, verb: str) -> str:
+        """Name the kernel of one verb."""
         return "-".join([verb, self.real, self.targets, self.activation, *sorted(self.families)])
 
 

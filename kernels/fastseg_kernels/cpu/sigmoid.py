@@ -7,12 +7,11 @@ from math import prod
 from typing import Any
 
 import numpy as np
-from numba import carray
 
 from fastseg_kernels.cpu import threads
 from fastseg_kernels.cpu.compiled import Kernel, function
 from fastseg_kernels.cpu.elementary import REALS, make_exp_negative
-from fastseg_kernels.cpu.intrinsics import address_of, pointer_to, stack_array, wide_vectors
+from fastseg_kernels.cpu.intrinsics import address_of, carray, pointer_to, stack_array, wide_vectors
 from fastseg_kernels.cpu.operands import (
     SCRATCH_WORDS,
     STAGE,

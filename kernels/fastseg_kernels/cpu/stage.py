@@ -10,12 +10,11 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-from numba import carray
 
 from fastseg_kernels.constants import MAX_DIMS
 from fastseg_kernels.cpu.compiled import Kernel, function
 from fastseg_kernels.cpu.elementary import REALS
-from fastseg_kernels.cpu.intrinsics import pointer_to
+from fastseg_kernels.cpu.intrinsics import carray, pointer_to
 from fastseg_kernels.cpu.operands import (
     EXCLUDED,
     OPERAND,
@@ -68,22 +67,20 @@ JOB = np.dtype(
 
 LOAD_REQUEST = np.dtype(
     [
-        (name, np.int64)
-        for name in (
-            "n",
-            "c",
-            "voxel",
-            "count",  # which voxels
-            "padded",  # buffers are filled up to here with excluded voxels
-            "x",
-            "p",
-            "w",
-            "excluded",  # addresses of the buffers
-            "scratch",  # address of `SCRATCH_WORDS` words
-            "left_out",  # answer: how many of the ``count`` voxels are excluded
-        )
-    ]  # fmt: skip
+        ("n", np.int64),
+        ("c", np.int64),
+        ("voxel", np.int64),  # of row (n, c), the first one
+        ("count", np.int64),
+        ("padded", np.int64),  # buffers are filled up to here with excluded voxels
+        ("x", np.int64),  # addresses of the buffers
+        ("p", np.int64),
+        ("w", np.int64),
+        ("excluded", np.int64),
+        ("scratch", np.int64),  # address of `SCRATCH_WORDS` words
+        ("left_out", np.int64),  # answer: how many of the ``count`` voxels are excluded
+    ]
 )
+"""What a load kernel is asked, and its answer."""
 
 
 @cache
@@ -147,7 +144,7 @@ def load_kernel(real_name: str, binary: bool) -> Kernel:
                 excluded[i] = np.uint8(1) if keep[i] == T(0) else excluded[i]
         left_out = 0
         for i in range(count):
-            left_out += np.int64(excluded[i])
+            left_out += int(excluded[i])
         for i in range(ask.padded):
             if i >= count or excluded[i] != 0:
                 x[i] = T(job.excluded_input)

@@ -3,17 +3,14 @@
 A kernel is a list of independent tasks; every task is computed by one thread and its result does
 not depend on which, so all four ways below give the same bits.
 
-==========  ==================================  =====================================================
-way         cost of a call                      taken when
-==========  ==================================  =====================================================
-serial      1 us                                one thread, one task, or too little work to share
-numba       2 us (OpenMP)                       Numba's pool is thread safe and was started by us,
-                                                after the last fork
-pool        10 us, threads of Python's own      otherwise: Numba's "workqueue" layer aborts the
-                                                process when two Python threads use it, its OpenMP
-                                                layer terminates a forked child, or lets it wait
-                                                forever if anyone used that OpenMP before the fork
-==========  ==================================  =====================================================
+serial
+    1 us a call. One thread, one task, or too little work to share.
+numba
+    2 us (OpenMP). Where Numba's pool is thread safe and was started by us, after the last fork.
+pool
+    10 us, threads of Python's own. Otherwise: Numba's "workqueue" layer aborts the process when two
+    Python threads use it; its OpenMP layer terminates a forked child, or lets it wait forever if
+    anyone used that OpenMP before the fork.
 """
 
 from __future__ import annotations
@@ -27,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from numba import prange, types
-from numba.np.ufunc import parallel as numba_parallel
+from numba.np.ufunc import parallel
 
 from fastseg_kernels.cpu.compiled import Kernel, jit
 from fastseg_kernels.cpu.intrinsics import call_kernel
 
+numba_parallel: Any = parallel  # private parts of it are used, none without a fallback
 THREAD_SAFE_LAYERS = ("omp", "tbb")
 MAX_THREADS = 1024
 

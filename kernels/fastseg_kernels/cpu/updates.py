@@ -29,13 +29,12 @@ from math import prod, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import carray
 from numpy.typing import NDArray
 
 from fastseg_kernels.cpu import threads
 from fastseg_kernels.cpu.compiled import Kernel, function, inlined
 from fastseg_kernels.cpu.elementary import REALS
-from fastseg_kernels.cpu.intrinsics import fma, pointer_to, wide_vectors
+from fastseg_kernels.cpu.intrinsics import carray, fma, pointer_to, wide_vectors
 from fastseg_kernels.views import View
 
 CHUNK = 4096
