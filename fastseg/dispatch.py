@@ -11,11 +11,23 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from numpy.typing import NDArray
 
     from fastseg_kernels.problem import Evaluation, Problem
     from fastseg_kernels.views import View
+
+
+class UpdateTable(Protocol):
+    """The arrays of an optimiser as a backend keeps them, so that a step costs one launch."""
+
+    def set_params(self, params: Sequence[View]) -> None:
+        """Point the table at parameters of the same sizes and dtypes."""
+
+    def set_grads(self, grads: Sequence[View]) -> None:
+        """Point the table at the gradients of this step."""
 
 
 class Backend(Protocol):
@@ -42,6 +54,64 @@ class Backend(Protocol):
 
     def count_labels(self, problem: Problem, num_classes: int) -> NDArray[np.float64]:
         """Return (true positives, predicted, true, valid) of label volumes, (N, num_classes, 4)."""
+
+    def update_table(self, params: Sequence[View], states: Sequence[Sequence[View]]) -> UpdateTable:
+        """Make the table that the four updates below take."""
+
+    def gradient_descent(
+        self,
+        table: Any,
+        lr: float,
+        *,
+        weight_decay: float,
+        grad_scale: float,
+        zero_grads: bool,
+    ) -> None:
+        """Update the parameters of ``table`` in place."""
+
+    def momentum(
+        self,
+        table: Any,
+        lr: float,
+        gamma: float,
+        nesterov: bool = False,
+        *,
+        weight_decay: float,
+        grad_scale: float,
+        zero_grads: bool,
+    ) -> None:
+        """Update parameters and velocities in place, in the source's form."""
+
+    def momentum_pytorch(
+        self,
+        table: Any,
+        first: bool,
+        lr: float,
+        gamma: float,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        *,
+        weight_decay: float,
+        grad_scale: float,
+        zero_grads: bool,
+    ) -> None:
+        """Update parameters and buffers in place, in PyTorch's form."""
+
+    def adam(
+        self,
+        table: Any,
+        step: int,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        *,
+        weight_decay: float,
+        decoupled: bool,
+        grad_scale: float,
+        zero_grads: bool,
+    ) -> None:
+        """Update parameters and moments in place."""
 
     def set_num_threads(self, count: int | None) -> None:
         """Set how many threads a call may use; None returns to the default."""

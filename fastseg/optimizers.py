@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
+from fastseg.dispatch import UpdateTable, cpu
 from fastseg.libraries import library_of
 from fastseg.parameters import (
     Gradients,
@@ -29,9 +30,6 @@ from fastseg.parameters import (
     watched_tensors,
     zeros_like_view,
 )
-
-if TYPE_CHECKING:
-    from fastseg_kernels.cpu.updates import Table
 
 HELD_BYTES = 64 * 2**20
 """Gradients of the last step are held, so that they can be recognised, up to this size together.
@@ -73,7 +71,7 @@ class _Optimizer:
             name: [zeros_like_view(view, k) for view in self._views]
             for k, name in enumerate(self._state_names)
         }
-        self._table: Table | None = None
+        self._table: UpdateTable | None = None
         self._last: Gradients | None = None
 
     def step(
@@ -229,15 +227,13 @@ class _Optimizer:
         return checked
 
     def _update(
-        self, table: Table, step: int, values: Mapping[str, Any], options: Mapping[str, Any]
+        self, table: UpdateTable, step: int, values: Mapping[str, Any], options: Mapping[str, Any]
     ) -> None:
         """Run the kernel of the rule; ``options`` are those that all rules share."""
         raise NotImplementedError
 
-    def _point_table(self, grads: list[Any], zero_grads: bool) -> Table:
+    def _point_table(self, grads: list[Any], zero_grads: bool) -> UpdateTable:
         """Return the table, pointed at the parameters and at ``grads`` after checking both."""
-        from fastseg_kernels.cpu import updates
-
         places = places_of(self._watched)
         moved = places != self._places
         if self._table is not None and not moved and is_same(self._last, grads, zero_grads):
@@ -257,7 +253,7 @@ class _Optimizer:
                 [library_of(array, name).view(array, name) for array in arrays]
                 for name, arrays in self._states.items()
             ]
-            self._table = updates.Table(views, states)
+            self._table = cpu().update_table(views, states)
         self._views, self._memory, self._places = views, memory, places
         self._table.set_params(views)
         self._table.set_grads(grad_views)
@@ -314,11 +310,9 @@ class GradientDescent(_Optimizer):
         super().__init__(params, lr=lr, weight_decay=weight_decay)
 
     def _update(
-        self, table: Table, step: int, values: Mapping[str, Any], options: Mapping[str, Any]
+        self, table: UpdateTable, step: int, values: Mapping[str, Any], options: Mapping[str, Any]
     ) -> None:
-        from fastseg_kernels.cpu import updates
-
-        updates.gradient_descent(table, values["lr"], **options)
+        cpu().gradient_descent(table, values["lr"], **options)
 
 
 class Momentum(_Optimizer):
@@ -424,16 +418,14 @@ class Momentum(_Optimizer):
         return checked
 
     def _update(
-        self, table: Table, step: int, values: Mapping[str, Any], options: Mapping[str, Any]
+        self, table: UpdateTable, step: int, values: Mapping[str, Any], options: Mapping[str, Any]
     ) -> None:
-        from fastseg_kernels.cpu import updates
-
         lr, gamma, nesterov = values["lr"], values["gamma"], values["nesterov"]
         if values["form"] == "source":
-            updates.momentum(table, lr, gamma, nesterov, **options)
+            cpu().momentum(table, lr, gamma, nesterov, **options)
         else:
             dampening = values["dampening"]
-            updates.momentum_pytorch(table, step == 1, lr, gamma, dampening, nesterov, **options)
+            cpu().momentum_pytorch(table, step == 1, lr, gamma, dampening, nesterov, **options)
 
 
 class Adam(_Optimizer):
@@ -531,10 +523,8 @@ class Adam(_Optimizer):
         return checked
 
     def _update(
-        self, table: Table, step: int, values: Mapping[str, Any], options: Mapping[str, Any]
+        self, table: UpdateTable, step: int, values: Mapping[str, Any], options: Mapping[str, Any]
     ) -> None:
-        from fastseg_kernels.cpu import updates
-
         lr, (beta1, beta2), eps = values["lr"], values["betas"], values["eps"]
         decoupled = values["decoupled_weight_decay"]
-        updates.adam(table, step, lr, beta1, beta2, eps, decoupled=decoupled, **options)
+        cpu().adam(table, step, lr, beta1, beta2, eps, decoupled=decoupled, **options)

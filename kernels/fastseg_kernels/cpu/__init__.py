@@ -4,20 +4,27 @@
 """
 
 from fastseg_kernels.cpu.compiled import cache_directory
-from fastseg_kernels.cpu.evaluate import evaluate
+from fastseg_kernels.cpu.evaluation import evaluate
 from fastseg_kernels.cpu.labels import count_labels
 from fastseg_kernels.cpu.passes import gradient, statistics
-from fastseg_kernels.cpu.sigmoid import sigmoid
+from fastseg_kernels.cpu.logistic import sigmoid
 from fastseg_kernels.cpu.threads import describe, get_num_threads, set_num_threads
+from fastseg_kernels.cpu.updates import Table as update_table
+from fastseg_kernels.cpu.updates import adam, gradient_descent, momentum, momentum_pytorch
 
 __all__ = [
+    "adam",
     "cache_directory",
     "count_labels",
     "describe",
     "evaluate",
     "get_num_threads",
     "gradient",
+    "gradient_descent",
+    "momentum",
+    "momentum_pytorch",
     "set_num_threads",
     "sigmoid",
     "statistics",
+    "update_table",
 ]

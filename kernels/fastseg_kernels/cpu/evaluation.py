@@ -24,6 +24,7 @@ from fastseg_kernels.constants import (
     TERM_FIELDS,
 )
 from fastseg_kernels.cpu.compiled import function, jit
+from fastseg_kernels.cpu.intrinsics import stack_array
 from fastseg_kernels.problem import Evaluation
 
 _F = {name: index for index, name in enumerate(TERM_FIELDS)}
@@ -38,6 +39,7 @@ BY_VALID, BY_ALL = NORMALIZE.index("valid"), NORMALIZE.index("all")
 NONE, MEAN = 0, 1  # of constants.REDUCTIONS
 
 VOXELS, COUNT, P, F, G, BCE_ALL, BCE_POS, BCE_NEG = range(len(PICKED))
+SUMS = len(PICKED)
 
 
 @function
@@ -96,26 +98,22 @@ def clamped_score(r, eps):  # type: ignore[no-untyped-def]
 
 @function
 def add_region(term, sums, class_weights, reduction, scale, values, coefficients):  # type: ignore[no-untyped-def]
-    """Evaluate a region term; return its reduced value; fill ``values`` and add to coefficients."""
+    """Evaluate a region term; return its reduced value; fill ``values`` and add to coefficients.
+
+    Two rounds over the rows: how many count must be known before the coefficients are.
+    """
     samples, classes = sums.shape[0], sums.shape[1]
-    groups = 1 if term[BATCH] != 0.0 else samples
-    row = np.zeros(sums.shape[2])
-    slopes = np.zeros((groups, classes, 2))
+    batch = term[BATCH] != 0.0
+    groups = min(1, samples) if batch else samples
+    row = stack_array(SUMS, np.float64)
     kept, total = 0, 0.0
     for n in range(groups):
         for c in range(classes):
-            if class_weights[c] != class_weights[c]:  # NaN: this class is not selected
-                continue
-            row[:] = sums[n, c]
-            if groups == 1:
-                for other in range(1, samples):
-                    row += sums[other, c]
-            value, slope_f, slope_g, keep = region(term, row)
-            if keep:
+            _collect(sums, n, c, batch, row)
+            value, _, _, keep = region(term, row)
+            if keep and class_weights[c] == class_weights[c]:  # NaN: the class is left out
                 kept += 1
                 total += class_weights[c] * value
-                slopes[n, c, 0] = class_weights[c] * slope_f
-                slopes[n, c, 1] = class_weights[c] * slope_g
                 if reduction == NONE:
                     values[n, c] = class_weights[c] * value
     share = 1.0
@@ -123,13 +121,23 @@ def add_region(term, sums, class_weights, reduction, scale, values, coefficients
         share = 1.0 / kept if kept > 0 else 0.0
     for n in range(samples):
         for c in range(classes):
-            k = 0 if groups == 1 else n
-            factor = term[WEIGHT] * share * scale[n, c]
-            if slopes[k, c, 0] != 0.0:
-                coefficients[n, c, 0] -= factor * slopes[k, c, 0]
-            if slopes[k, c, 1] != 0.0:
-                coefficients[n, c, 1] += factor * slopes[k, c, 1]
+            _collect(sums, n, c, batch, row)
+            _, slope_f, slope_g, keep = region(term, row)
+            if keep and class_weights[c] == class_weights[c]:
+                factor = term[WEIGHT] * share * scale[n, c] * class_weights[c]
+                coefficients[n, c, 0] -= factor * slope_f
+                coefficients[n, c, 1] += factor * slope_g
     return total * share
+
+
+@function
+def _collect(sums, n, c, batch, row):  # type: ignore[no-untyped-def]
+    """Copy a row of sums, or add up those of all samples."""
+    for k in range(SUMS):
+        row[k] = 0.0
+        first, last = (0, sums.shape[0]) if batch else (n, n + 1)
+        for sample in range(first, last):
+            row[k] += sums[sample, c, k]
 
 
 @function
@@ -150,14 +158,13 @@ def add_bce(term, sums, class_weights, reduction, scale, values, coefficients): 
     total = 0.0
     for n in range(samples):
         for c in range(classes):
-            row = sums[n, c]
-            if class_weights[c] != class_weights[c] or row[COUNT] == 0.0:
+            if class_weights[c] != class_weights[c] or sums[n, c, COUNT] == 0.0:
                 continue
             if summed:
                 share = 1.0 / kept if reduction == MEAN else 1.0
             else:
-                share = 1.0 / (voxels if reduction == MEAN else row[by])
-            value = row[BCE_ALL] + pos_weight * row[BCE_POS] + row[BCE_NEG]
+                share = 1.0 / (voxels if reduction == MEAN else sums[n, c, by])
+            value = sums[n, c, BCE_ALL] + pos_weight * sums[n, c, BCE_POS] + sums[n, c, BCE_NEG]
             factor = class_weights[c] * share
             total += factor * value
             if reduction == NONE:
@@ -186,7 +193,9 @@ def _compiled() -> Any:
                 )
             if reduction != NONE:
                 by_term[k, 0, 0] = total
-            value += terms[k, WEIGHT] * by_term[k]
+            for n in range(value.shape[0]):
+                for c in range(value.shape[1]):
+                    value[n, c] += terms[k, WEIGHT] * by_term[k, n, c]
 
     return evaluate
 
