@@ -10,13 +10,12 @@ import importlib.metadata as metadata
 import platform
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 DISTRIBUTION = "fastseg-kernels"
 CUPY_DISTRIBUTIONS = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
-CPU_FEATURES = ("sse4.2", "avx", "avx2", "fma", "avx512f", "neon", "asimd", "sve")
 
 
 def collect() -> dict[str, Any]:
@@ -77,14 +76,9 @@ def _versions() -> dict[str, str | None]:
 
 def _cpu() -> dict[str, Any]:
     """Name the CPU as a person and as the compiler know it."""
-    from llvmlite import binding
+    from fastseg_kernels.cpu import compile_target
 
-    features: Mapping[str, bool] = binding.get_host_cpu_features()
-    return {
-        "model": _cpu_model(),
-        "name": str(binding.get_host_cpu_name()),
-        "features": {name: bool(features[name]) for name in CPU_FEATURES if name in features},
-    }
+    return {"model": _cpu_model(), **compile_target()}
 
 
 def _cpu_model() -> str | None:

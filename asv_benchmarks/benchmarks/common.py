@@ -66,39 +66,29 @@ def volume(dtype: str, size: int, targets: str) -> Volume:
 # The clock
 
 
-def interleaved(
-    calls: dict[str, Call], rounds: int, turn: float = 0.03, prepare: Call | None = None
-) -> dict[str, float]:
+def interleaved(calls: dict[str, Call], rounds: int, turn: float = 0.03) -> dict[str, float]:
     """Return the median seconds of each call; the calls take turns, so that a drift hits all.
 
-    A turn is a lead-in, then timed calls for ``turn`` seconds, at least three; ``prepare`` runs
-    before every call, untimed.
+    A turn is a lead-in, then timed calls for ``turn`` seconds, at least three.
     """
     turns: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            turns[name].append(median(_take_turn(call, turn, prepare or _nothing)))
+            turns[name].append(median(_take_turn(call, turn)))
     return {name: median(times) for name, times in turns.items()}
 
 
-def _take_turn(call: Call, turn: float, prepare: Call) -> list[float]:
+def _take_turn(call: Call, turn: float) -> list[float]:
     start = time.perf_counter()
-    while True:
-        prepare()
+    call()
+    while time.perf_counter() - start < LEAD_IN:
         call()
-        if time.perf_counter() - start > LEAD_IN:
-            break
     times: list[float] = []
     while len(times) < 3 or sum(times) < turn:
-        prepare()
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
     return times
-
-
-def _nothing() -> None:
-    pass
 
 
 def over(call: Call, baseline: Call, rounds: int = 7) -> float:
@@ -150,20 +140,30 @@ def _part(words, part, parts):
     return words[part * words.size // parts : (part + 1) * words.size // parts]
 
 
-@njit(parallel=True)
-def _read_two(first, second, parts, sums):
+def _shared(function: Callable[..., None]) -> Callable[..., None]:
+    """Compile a loop over parts, for several threads and for one; the last argument says which."""
+    shared, alone = njit(parallel=True)(function), njit(function)  # alone, prange is range
+
+    def call(*arguments: Any) -> None:
+        (alone if arguments[-1] == 1 else shared)(*arguments)
+
+    return call
+
+
+@_shared
+def _read_two(first, second, sums, parts):
     for part in prange(parts):
         sums[part] = _sum(_part(first, part, parts)) + _sum(_part(second, part, parts))
 
 
-@njit(parallel=True)
+@_shared
 def _read_two_write_one(first, second, out, parts):
     for part in prange(parts):
         added = _sum(_part(second, part, parts))
         _copy(_part(first, part, parts), added, _part(out, part, parts))
 
 
-@njit(parallel=True)
+@_shared
 def _update(arrays, parts):
     for part in prange(parts):
         theta, g = _part(arrays[0], part, parts), _part(arrays[1], part, parts)
@@ -200,7 +200,7 @@ def statistics_limit(arrays: Volume) -> Call:
     first, second = words(arrays.logits.nbytes, 0), words(arrays.targets.nbytes, 1)
     threads = fs.get_num_threads()
     sums = np.zeros(threads, np.int64)
-    return _compiled(lambda: _read_two(first, second, threads, sums))
+    return _compiled(lambda: _read_two(first, second, sums, threads))
 
 
 def gradient_limit(arrays: Volume) -> Call:
@@ -219,7 +219,7 @@ def value_and_grad_limit(arrays: Volume) -> Call:
     sums = np.zeros(threads, np.int64)
 
     def move() -> None:
-        _read_two(first, second, threads, sums)
+        _read_two(first, second, sums, threads)
         _read_two_write_one(first, second, out, threads)
 
     return _compiled(move)

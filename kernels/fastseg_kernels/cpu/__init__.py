@@ -3,11 +3,11 @@
 ``fastseg.dispatch.Backend`` types what it exports.
 """
 
-from fastseg_kernels.cpu.compiled import cache_directory
+from fastseg_kernels.cpu.compiled import cache_directory, compile_target
 from fastseg_kernels.cpu.evaluation import evaluate
 from fastseg_kernels.cpu.labels import count_labels
-from fastseg_kernels.cpu.passes import gradient, statistics
 from fastseg_kernels.cpu.logistic import sigmoid
+from fastseg_kernels.cpu.passes import gradient, statistics
 from fastseg_kernels.cpu.threads import describe, get_num_threads, set_num_threads
 from fastseg_kernels.cpu.updates import Table as update_table
 from fastseg_kernels.cpu.updates import adam, gradient_descent, momentum, momentum_pytorch
@@ -15,6 +15,7 @@ from fastseg_kernels.cpu.updates import adam, gradient_descent, momentum, moment
 __all__ = [
     "adam",
     "cache_directory",
+    "compile_target",
     "count_labels",
     "describe",
     "evaluate",

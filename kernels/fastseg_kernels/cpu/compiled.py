@@ -34,6 +34,7 @@ from typing import Any
 import llvmlite
 import numba
 import numpy as np
+from llvmlite import binding
 from numba import njit, types
 from numba.core import caching, ccallback, compiler, serialize
 
@@ -48,6 +49,7 @@ KERNEL_SIGNATURE = types.void(types.int64, types.int64, types.int64)
 # fast-math is set anywhere: NaN must survive and the order of every sum is fixed.
 OPTIONS: dict[str, Any] = {"error_model": "numpy"}
 INLINED: dict[str, Any] = {"error_model": "numpy", "forceinline": True}
+VECTOR_FEATURES = ("sse4.2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512vl", "neon")
 _CHECKSUM_BYTES = 32
 _COMPILING = threading.RLock()
 if hasattr(os, "register_at_fork"):
@@ -70,6 +72,15 @@ def cache_directory() -> Path | None:
         return Path(chosen) if chosen else None
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "fastseg"
+
+
+def compile_target() -> dict[str, Any]:
+    """Return the name of the CPU and its vector features, as LLVM compiles for them."""
+    features = binding.get_host_cpu_features()
+    return {
+        "name": str(binding.get_host_cpu_name()),
+        "features": {name: bool(features[name]) for name in VECTOR_FEATURES if name in features},
+    }
 
 
 @cache
