@@ -44,6 +44,7 @@ class Backend(Protocol):
         terms: NDArray[np.float64],
         class_weights: NDArray[np.float64],
         sums: NDArray[np.float64],
+        columns: NDArray[np.int64],
         reduction: int,
         scale: NDArray[np.float64],
     ) -> Evaluation:

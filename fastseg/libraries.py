@@ -65,8 +65,8 @@ class NumPy:
             )
         if writable and not array.flags.writeable:
             raise ValueError(f"{name} must be writable, got a read-only array")
-        address = array.__array_interface__["data"][0]
-        return View(address, array.shape, array.strides, kind, not dtype.isnative, writable, array)
+        swapped = not dtype.isnative
+        return View(array.ctypes.data, array.shape, array.strides, kind, swapped, writable, array)
 
     def empty_like(self, array: Any) -> Any:
         """Allocate in the same memory order (a plain array also for a memory map)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _INVALID = BASE_COLUMNS.index("invalid")
 _COUNT = BASE_COLUMNS.index("count")
+_FIELDS = ("_parts", "_options")  # of WeightedSum; what else is private is remembered results
 
 
 class Loss:
@@ -77,7 +78,11 @@ class Loss:
         return DEFAULTS
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_tables"}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name[:1] != "_" or name in _FIELDS
+        }
 
     # Composition
 
@@ -112,15 +117,19 @@ class Loss:
 
     __rmul__ = __mul__
 
-    def families(self, track: Iterable[str] = ()) -> frozenset[str]:
+    def families(self, track: Sequence[str] = ()) -> frozenset[str]:
         """Return the families of sums that the terms, and ``track``, need."""
+        track = track if isinstance(track, str) else tuple(track)
+        known = self.__dict__.setdefault("_families", {})
+        if track in known:
+            return known[track]  # type: ignore[no-any-return]
         wanted = set().union(*(term.needs() for _, term in self.parts))
         if isinstance(track, str) or not set(track) <= set(FAMILY_COLUMNS):
             raise ValueError(f"track must be a tuple of {', '.join(FAMILY_COLUMNS)}, got {track!r}")
         wanted.update(track)
         if "bce_split" in wanted:
             wanted.discard("bce")  # the two parts add up to it
-        return frozenset(wanted)
+        return known.setdefault(track, frozenset(wanted))  # type: ignore[no-any-return]
 
     # The three verbs
 
@@ -197,8 +206,12 @@ class Loss:
         coefficients = self._evaluate(s, grad_scale).coefficients[chosen.start : chosen.stop]
         if rows is not None and chosen.step != 1:
             raise ValueError(f"rows must be a slice of step 1, got {rows}")
-        backend = self._backend(library, logits)
-        return self._gradient(backend, library, problem, coefficients, logits, out)
+        grad = library.empty_like(logits) if out is None else out
+        view = check_out(grad, library, problem, self.options.layout)
+        self._backend(library, logits).gradient(problem, coefficients, view)
+        if out is not None:
+            library.written(out)
+        return grad
 
     # Together
 
@@ -247,12 +260,14 @@ class Loss:
         ``s.jaccard_index()``.
         """
         library, problem = self._problem(logits, targets, mask, weight_map)
-        if out is not None:
-            check_out(out, library, problem, self.options.layout)  # before anything is computed
+        grad = library.empty_like(logits) if out is None else out
+        view = check_out(grad, library, problem, self.options.layout)  # before anything is computed
         backend = self._backend(library, logits)
         s = self._statistics(backend, problem, track, samples)
         result = self._evaluate(s, grad_scale)
-        grad = self._gradient(backend, library, problem, result.coefficients, logits, out)
+        backend.gradient(problem, result.coefficients, view)
+        if out is not None:
+            library.written(out)
         return self._answer(library, problem, result.value, logits), grad, s
 
     def term_values(self, s: Statistics) -> tuple[np.float64 | NDArray[np.float64], ...]:
@@ -277,7 +292,7 @@ class Loss:
         self,
         backend: Backend,
         problem: Problem,
-        track: Iterable[str],
+        track: Sequence[str],
         samples: str | Sequence[str] | None,
     ) -> Statistics:
         families = self.families(track)
@@ -285,20 +300,22 @@ class Loss:
         invalid = sums[:, :, _INVALID].sum()
         if invalid:
             raise_for_invalid(problem, int(invalid), int(sums[:, :, _COUNT].sum()))
-        return Statistics(sums, columns(families), samples)
+        return Statistics._made(sums, columns(families), samples)
 
     def _evaluate(self, s: Statistics, grad_scale: Any) -> Evaluation:
         s.require(self.families())
         samples, classes = s.array.shape[:2]
         reduction = REDUCTIONS.index(self.options.reduction)
-        scale = np.asarray(grad_scale, np.float64)
-        if scale.ndim and (self.options.reduction != "none" or scale.shape != (samples, classes)):
+        shape = np.shape(grad_scale)
+        if shape and (self.options.reduction != "none" or shape != (samples, classes)):
             wanted = f"(N, C) = {(samples, classes)}" if self.options.reduction == "none" else "()"
-            raise ValueError(f"grad_scale must have shape {wanted}, got {scale.shape}")
+            raise ValueError(f"grad_scale must have shape {wanted}, got {shape}")
         table, weights = self._table(classes)
         scales = np.empty((samples, classes))
-        scales[...] = scale
-        return backend_of("cpu").evaluate(table, weights, s.picked(), reduction, scales)
+        scales[...] = grad_scale
+        return backend_of("cpu").evaluate(
+            table, weights, s.array, s.columns_of_terms(), reduction, scales
+        )
 
     def _table(self, classes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         from fastseg.terms import table_of
@@ -323,22 +340,6 @@ class Loss:
     ) -> Any:
         dtype = "float64" if problem.logits.dtype == "float64" else "float32"
         return library.array(np.asarray(self._reduced(value)), dtype, like)
-
-    def _gradient(
-        self,
-        backend: Backend,
-        library: Library,
-        problem: Problem,
-        coefficients: NDArray[np.float64],
-        logits: Any,
-        out: Any,
-    ) -> Any:
-        grad = library.empty_like(logits) if out is None else out
-        view = check_out(grad, library, problem, self.options.layout)
-        backend.gradient(problem, coefficients, view)
-        if out is not None:
-            library.written(out)
-        return grad
 
 
 @dataclass(frozen=True, repr=False)

@@ -6,6 +6,7 @@ Nothing here reads an element of an array, except to say what was wrong with one
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,8 @@ def matched(view: View, name: str, logits: View, layout: str, *, broadcast: bool
 
     The class axis may be absent; one of length 1 is repeated over the classes if ``broadcast``.
     """
+    if layout == "NC" and view.shape == logits.shape:
+        return view
     samples, classes, *spatial = logits.shape
     has_n, has_c = "N" in layout, "C" in layout
     lead = (samples,) if has_n else ()
@@ -133,9 +136,8 @@ def as_numpy(view: View, shape: tuple[int, ...] | None = None) -> np.ndarray[Any
     shape = view.shape if shape is None else shape
     if 0 in shape:
         return np.zeros(shape, _numpy_dtype(view))
-    low = sum(min(0, step * (size - 1)) for step, size in zip(view.strides, shape, strict=True))
-    high = sum(max(0, step * (size - 1)) for step, size in zip(view.strides, shape, strict=True))
-    size = high - low + ITEM_SIZES[view.dtype]
+    low, high = _extent(shape, view.strides, view.dtype)
+    size = high - low
     buffer: Any = (ctypes.c_char * size).from_address(view.address + low)
     return np.ndarray(shape, _numpy_dtype(view), buffer, -low, view.strides)
 
@@ -163,26 +165,39 @@ def check_out(out: Any, library: Library, problem: Problem, layout: str) -> View
         raise TypeError(
             f"out must have dtype {', '.join(allowed)} for {logits.dtype} logits, got {view.dtype}"
         )
-    if 0 not in view.shape and any(
-        step == 0 and size > 1 for step, size in zip(view.strides, view.shape, strict=True)
-    ):
+    if _is_broadcast(view.shape, view.strides):
         raise ValueError("out must not be a broadcast array: several voxels share its memory")
-    for name in ("logits", "targets", "mask", "weights"):
-        operand: View | None = getattr(problem, name)
+    for k, operand in enumerate(problem[:4]):
         if operand is None or operand[:5] == view[:5]:
             continue  # absent, or the very same array: every voxel is read before it is written
         if _overlap(operand, view):
-            shown = "weight_map" if name == "weights" else name
-            raise ValueError(f"out must not overlap {shown} in memory (it may be logits itself)")
+            name = ("logits", "targets", "mask", "weight_map")[k]
+            raise ValueError(f"out must not overlap {name} in memory (it may be logits itself)")
     return view
+
+
+@lru_cache(maxsize=256)
+def _is_broadcast(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    pairs = zip(strides, shape, strict=True)
+    return 0 not in shape and any(step == 0 and size > 1 for step, size in pairs)
+
+
+@lru_cache(maxsize=256)
+def _extent(shape: tuple[int, ...], strides: tuple[int, ...], dtype: str) -> tuple[int, int]:
+    """Return the bytes that an array spans, relative to its first element."""
+    spans = [step * (size - 1) for step, size in zip(strides, shape, strict=True)]
+    low, high = sum(min(0, span) for span in spans), sum(max(0, span) for span in spans)
+    return low, high + ITEM_SIZES[dtype]
 
 
 def _overlap(a: View, b: View) -> bool:
     if 0 in a.shape:
         return False
-    first, second = as_numpy(a), as_numpy(b)
-    if not np.may_share_memory(first, second):
+    a_low, a_high = _extent(a.shape, a.strides, a.dtype)
+    b_low, b_high = _extent(b.shape, b.strides, b.dtype)
+    if a.address + a_high <= b.address + b_low or b.address + b_high <= a.address + a_low:
         return False
+    first, second = as_numpy(a), as_numpy(b)
     try:
         work: Any = 10_000  # candidate solutions; NumPy's stub knows only its two special values
         return np.shares_memory(first, second, max_work=work)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ class Statistics:
         names: Sequence[str],
         samples: str | Sequence[str] | None = None,
     ) -> None:
-        array = np.array(array, np.float64)
+        array = np.array(array, np.float64, order="C")
         known = {*BASE_COLUMNS, *(n for members in FAMILY_COLUMNS.values() for n in members)}
         if array.ndim != 3 or array.shape[2] != len(names):
             raise ValueError(f"array must have shape (N, C, {len(names)}), got {array.shape}")
@@ -71,6 +72,18 @@ class Statistics:
         object.__setattr__(self, "array", array)
         object.__setattr__(self, "names", tuple(names))
         object.__setattr__(self, "samples", None if named is None else tuple(map(str, named)))
+
+    @classmethod
+    def _made(cls, array: NDArray[np.float64], names: tuple[str, ...], samples: Any) -> Statistics:
+        """Wrap what a kernel has just made: no checks, no copy."""
+        if samples is not None:
+            return cls(array, names, samples)
+        self = object.__new__(cls)
+        array.flags.writeable = False
+        object.__setattr__(self, "array", array)
+        object.__setattr__(self, "names", names)
+        object.__setattr__(self, "samples", None)
+        return self
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"Statistics are immutable; cannot set {name}")
@@ -110,21 +123,17 @@ class Statistics:
             f"these statistics do not hold {name}: ask for track=({family!r},) when they are made"
         )
 
-    def picked(self) -> NDArray[np.float64]:
-        """Return the columns that terms are made of, float64 (N, C, len(PICKED)); absent ones 0."""
-        result = np.zeros((*self.array.shape[:2], len(PICKED)))
-        for k, name in enumerate(PICKED):
-            if name in self.names:
-                result[:, :, k] = self.array[:, :, self.names.index(name)]
-        return result
+    def columns_of_terms(self) -> NDArray[np.int64]:
+        """Return where the sums that terms are made of are stored, int64 (len(PICKED),); or -1."""
+        return _picks(self.names)
 
     def require(self, families: Iterable[str]) -> None:
         """Raise a ValueError that names the first family that is absent."""
         for family in families:
-            if family == "bce" and "bce_pos_sum" in self.names:
-                continue
-            for name in FAMILY_COLUMNS[family]:
-                self[name]
+            if not (family == "bce" and "bce_pos_sum" in self.names):
+                for name in FAMILY_COLUMNS[family]:
+                    if name not in self.names:
+                        self[name]
 
     # Combining
 
@@ -232,6 +241,11 @@ class Statistics:
             return Statistics(array, document["names"], document["samples"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a JSON document of Statistics: {error!r}") from error
+
+
+@cache
+def _picks(names: tuple[str, ...]) -> NDArray[np.int64]:
+    return np.array([names.index(name) if name in names else -1 for name in PICKED], np.int64)
 
 
 def _number(value: float) -> float | str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 MAX_DIMS = 6
 """Spatial axes that a kernel walks after neighbouring axes were merged. Merging leaves more than
 three only for views that were sliced along several axes; past six the caller copies."""
@@ -38,6 +40,7 @@ FAMILY_COLUMNS = {
 }
 
 
+@cache
 def columns(families: frozenset[str]) -> tuple[str, ...]:
     """Return the names of the columns that ``families`` need, in the order they are stored."""
     names = list(BASE_COLUMNS)

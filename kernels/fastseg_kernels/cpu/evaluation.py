@@ -97,7 +97,7 @@ def clamped_score(r, eps):  # type: ignore[no-untyped-def]
 
 
 @function
-def add_region(term, sums, class_weights, reduction, scale, values, coefficients):  # type: ignore[no-untyped-def]
+def add_region(term, sums, columns, class_weights, reduction, scale, values, coefficients):  # type: ignore[no-untyped-def]
     """Evaluate a region term; return its reduced value; fill ``values`` and add to coefficients.
 
     Two rounds over the rows: how many count must be known before the coefficients are.
@@ -109,7 +109,7 @@ def add_region(term, sums, class_weights, reduction, scale, values, coefficients
     kept, total = 0, 0.0
     for n in range(groups):
         for c in range(classes):
-            _collect(sums, n, c, batch, row)
+            _collect(sums, columns, n, c, batch, row)
             value, _, _, keep = region(term, row)
             if keep and class_weights[c] == class_weights[c]:  # NaN: the class is left out
                 kept += 1
@@ -121,7 +121,7 @@ def add_region(term, sums, class_weights, reduction, scale, values, coefficients
         share = 1.0 / kept if kept > 0 else 0.0
     for n in range(samples):
         for c in range(classes):
-            _collect(sums, n, c, batch, row)
+            _collect(sums, columns, n, c, batch, row)
             _, slope_f, slope_g, keep = region(term, row)
             if keep and class_weights[c] == class_weights[c]:
                 factor = term[WEIGHT] * share * scale[n, c] * class_weights[c]
@@ -131,40 +131,44 @@ def add_region(term, sums, class_weights, reduction, scale, values, coefficients
 
 
 @function
-def _collect(sums, n, c, batch, row):  # type: ignore[no-untyped-def]
+def _collect(sums, columns, n, c, batch, row):  # type: ignore[no-untyped-def]
     """Copy a row of sums, or add up those of all samples."""
     for k in range(SUMS):
         row[k] = 0.0
         first, last = (0, sums.shape[0]) if batch else (n, n + 1)
-        for sample in range(first, last):
-            row[k] += sums[sample, c, k]
+        if columns[k] >= 0:
+            for sample in range(first, last):
+                row[k] += sums[sample, c, columns[k]]
 
 
 @function
-def add_bce(term, sums, class_weights, reduction, scale, values, coefficients):  # type: ignore[no-untyped-def]
+def add_bce(term, sums, columns, class_weights, reduction, scale, values, coefficients):  # type: ignore[no-untyped-def]
     """Evaluate a BCE term; return its reduced value; fill ``values`` and add to coefficients."""
     samples, classes = sums.shape[0], sums.shape[1]
     by = VOXELS if term[NORMALIZATION] == BY_ALL else COUNT
     summed = term[NORMALIZATION] != BY_ALL and term[NORMALIZATION] != BY_VALID
     pos_weight = term[POS_WEIGHT]
+    row = stack_array(SUMS, np.float64)
     kept, voxels = 0, 0.0
     for n in range(samples):
         for c in range(classes):
-            if class_weights[c] == class_weights[c] and sums[n, c, COUNT] > 0.0:
+            _collect(sums, columns, n, c, False, row)
+            selected = class_weights[c] == class_weights[c]  # not NaN
+            if selected and row[COUNT] > 0.0:
                 kept += 1
-                voxels += sums[n, c, by]
-            elif class_weights[c] == class_weights[c] and by == VOXELS:
-                voxels += sums[n, c, by]
+            if selected and (row[COUNT] > 0.0 or by == VOXELS):
+                voxels += row[by]
     total = 0.0
     for n in range(samples):
         for c in range(classes):
-            if class_weights[c] != class_weights[c] or sums[n, c, COUNT] == 0.0:
+            _collect(sums, columns, n, c, False, row)
+            if class_weights[c] != class_weights[c] or row[COUNT] == 0.0:
                 continue
             if summed:
                 share = 1.0 / kept if reduction == MEAN else 1.0
             else:
-                share = 1.0 / (voxels if reduction == MEAN else sums[n, c, by])
-            value = sums[n, c, BCE_ALL] + pos_weight * sums[n, c, BCE_POS] + sums[n, c, BCE_NEG]
+                share = 1.0 / (voxels if reduction == MEAN else row[by])
+            value = row[BCE_ALL] + pos_weight * row[BCE_POS] + row[BCE_NEG]
             factor = class_weights[c] * share
             total += factor * value
             if reduction == NONE:
@@ -178,24 +182,22 @@ def add_bce(term, sums, class_weights, reduction, scale, values, coefficients): 
 @cache
 def _compiled() -> Any:
     matrix, cube = float64[:, ::1], float64[:, :, ::1]
-    signature = types.void(matrix, matrix, cube, int64, matrix, matrix, cube, cube)
+    stored = types.Array(float64, 3, "C", readonly=True)
+    signature = types.void(matrix, matrix, stored, int64[::1], int64, matrix, matrix, cube, cube)
 
     @jit("evaluate", signature)
-    def evaluate(terms, class_weights, sums, reduction, scale, value, by_term, coefficients):  # type: ignore[no-untyped-def]
+    def evaluate(terms, weights, sums, columns, reduction, scale, value, by_term, out):  # type: ignore[no-untyped-def]
         for k in range(terms.shape[0]):
-            if terms[k, KIND] == KIND_BCE:
-                total = add_bce(
-                    terms[k], sums, class_weights[k], reduction, scale, by_term[k], coefficients
-                )
+            term, values = terms[k], by_term[k]
+            if term[KIND] == KIND_BCE:
+                total = add_bce(term, sums, columns, weights[k], reduction, scale, values, out)
             else:
-                total = add_region(
-                    terms[k], sums, class_weights[k], reduction, scale, by_term[k], coefficients
-                )
+                total = add_region(term, sums, columns, weights[k], reduction, scale, values, out)
             if reduction != NONE:
-                by_term[k, 0, 0] = total
+                values[0, 0] = total
             for n in range(value.shape[0]):
                 for c in range(value.shape[1]):
-                    value[n, c] += terms[k, WEIGHT] * by_term[k, n, c]
+                    value[n, c] += term[WEIGHT] * values[n, c]
 
     return evaluate
 
@@ -204,6 +206,7 @@ def evaluate(
     terms: NDArray[np.float64],
     class_weights: NDArray[np.float64],
     sums: NDArray[np.float64],
+    columns: NDArray[np.int64],
     reduction: int,
     scale: NDArray[np.float64],
 ) -> Evaluation:
@@ -216,7 +219,9 @@ def evaluate(
     class_weights
         float64 (T, C); NaN says that the term leaves the class out.
     sums
-        float64 (N, C, len(PICKED)); columns that no term needs are 0.
+        float64 (N, C, K).
+    columns
+        int64 (len(PICKED),): in which column of ``sums`` each of `constants.PICKED` is; -1: absent.
     reduction
         Index into `constants.REDUCTIONS`.
     scale
@@ -227,5 +232,5 @@ def evaluate(
     result = Evaluation(
         np.zeros(shape), np.zeros((len(terms), *shape)), np.zeros((samples, classes, COEFFICIENTS))
     )
-    _compiled()(terms, class_weights, sums, reduction, scale, *result)
+    _compiled()(terms, class_weights, sums, columns, reduction, scale, *result)
     return result
