@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from ctypes import addressof, c_char
 from functools import cache
 from typing import Any, Protocol
 
@@ -38,11 +39,24 @@ class Library(Protocol):
         """Be told that ``array`` was changed in place."""
 
 
-@cache
+_NUMPY_KINDS: dict[np.dtype[Any], str] = {}
+
+
 def _numpy_kind(dtype: np.dtype[Any]) -> str | None:
     """Return the name of a NumPy dtype without its byte order, None if kernels cannot read it."""
-    kind = dtype.newbyteorder("=").name  # a microsecond or two: hence the cache
-    return kind if kind in DTYPE_CODES else None
+    kind = dtype.newbyteorder("=").name  # a microsecond or two: hence the dictionary
+    if kind not in DTYPE_CODES:
+        return None
+    return _NUMPY_KINDS.setdefault(dtype, kind)
+
+
+def _numpy_address(array: Any) -> int:
+    """Return where the first element lies; ``ctypes.data`` alone takes a microsecond."""
+    flags = array.flags
+    if flags.c_contiguous and flags.writeable and array.size:
+        return addressof(c_char.from_buffer(array))
+    address: int = array.ctypes.data
+    return address
 
 
 class NumPy:
@@ -52,13 +66,13 @@ class NumPy:
 
     def view(self, array: Any, name: str, *, writable: bool = False) -> View:
         """Describe an array; every layout, byte order and read-only arrays are accepted."""
-        if isinstance(array, np.ma.MaskedArray):
+        if type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
             raise TypeError(
                 f"{name} is a numpy.ma.MaskedArray, whose mask would be ignored; pass {name}.data "
                 f"and mask=~numpy.ma.getmaskarray({name})"
             )
         dtype = array.dtype
-        kind = _numpy_kind(dtype)
+        kind = _NUMPY_KINDS.get(dtype) or _numpy_kind(dtype)
         if kind is None:
             raise TypeError(
                 f"{name} must have one of the dtypes {', '.join(DTYPE_CODES)}, got {dtype}"
@@ -66,7 +80,8 @@ class NumPy:
         if writable and not array.flags.writeable:
             raise ValueError(f"{name} must be writable, got a read-only array")
         swapped = not dtype.isnative
-        return View(array.ctypes.data, array.shape, array.strides, kind, swapped, writable, array)
+        address = _numpy_address(array)
+        return View(address, array.shape, array.strides, kind, swapped, writable, array)
 
     def empty_like(self, array: Any) -> Any:
         """Allocate in the same memory order (a plain array also for a memory map)."""
@@ -192,6 +207,10 @@ def library_of(array: Any, name: str) -> Library:
 def common_library(first: Any, first_name: str, **others: Any) -> Library:
     """Return the library that all arrays share; TypeError that names two that differ."""
     library = library_of(first, first_name)
+    if library.name == "numpy" and all(
+        array is None or type(array) is np.ndarray for array in others.values()
+    ):
+        return library  # the usual case, without the questions below
     for name, array in others.items():
         if array is None:
             continue
