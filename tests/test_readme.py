@@ -1,0 +1,52 @@
+"""The README's code runs as printed, and its commands are where CI looks for them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_there_is_code():
+    assert len(BLOCKS) >= 4
+
+
+@pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
+def test_code_block_runs(code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("name", ["demo", "test"])
+def test_commands_are_found(name):
+    command = subprocess.run(
+        [sys.executable, ".ci/readme_command.py", name], cwd=ROOT, capture_output=True, text=True
+    )
+    assert command.returncode == 0, command.stderr
+    assert command.stdout.startswith("python3 -m venv .venv && ")
+
+
+def test_the_toy_loss_of_contributing_is_complete(tmp_path):
+    """The class printed under "Adding a loss" works as printed."""
+    import numpy as np
+
+    import fastseg as fs
+    from fastseg import terms
+
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    code = re.search(r"```python\n(@dataclass.*?)```", text, re.DOTALL)
+    assert code is not None
+    scope = dict(vars(terms))
+    exec(compile(code[1], "CONTRIBUTING.md", "exec"), scope)
+    loss = scope["MissedShare"]().replace(activation=None)
+    probs, targets = np.array([[[0.25, 1.0, 0.5]]]), np.array([[[1, 1, 0]]])
+    assert loss(probs, targets) == 0.375
+    assert isinstance(loss, fs.Loss)
