@@ -53,7 +53,7 @@ def _numpy_kind(dtype: np.dtype[Any]) -> str | None:
 def _numpy_address(array: Any) -> int:
     """Return where the first element lies; ``ctypes.data`` alone takes a microsecond."""
     flags = array.flags
-    if flags.c_contiguous and flags.writeable and array.size:
+    if flags.c_contiguous and flags.writeable and array.size and array.dtype.isbuiltin == 1:
         return addressof(c_char.from_buffer(array))
     address: int = array.ctypes.data
     return address

@@ -187,7 +187,9 @@ class RegionTerm(Term):
         Least value of the denominator (and of the score in ``link="log"``).
     link
         The loss as a function of the score: "one_minus" 1 - score, "negative" -score, "log"
-        -log(score), "power" (1 - score)^gamma.
+        -log(score), "power" (1 - score)^gamma. The sums are those of errors, which keeps the digits
+        of a small loss; the logarithm of a score near 0, and its gradient, are off by
+        1e-7 / score.
     gamma
         Exponent of ``link="power"``.
     scope

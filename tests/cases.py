@@ -8,6 +8,8 @@ import ml_dtypes
 import numpy as np
 
 import fastseg as fs
+import oracle
+from fastseg_kernels.reference import sigmoid
 
 LOSSES = [
     fs.BCE(),
@@ -72,13 +74,29 @@ def make(
     return logits, soft.astype(target)
 
 
-def magnitude(loss: fs.Loss, grad_of: Any) -> np.ndarray:
-    """Return the sum over the terms of |gradient|: what a gradient's error is measured against."""
+def magnitude(loss: fs.Loss, logits: Any, targets: Any) -> np.ndarray:
+    """Return the sum of the magnitudes of what is added up to the gradient of each voxel.
+
+    That is |gradient| of each term for binary targets. For soft ones a term is itself a sum, of
+    p times its slope on the foreground and 1 - p times the one off it: BCE's slopes are those of
+    targets 1 and 0, a region's are at most the largest of the row.
+    """
+    x, p = np.asarray(logits, np.float64), np.asarray(targets, np.float64)
+    binary = np.all((p == 0) | (p == 1))
     total: Any = 0.0
     for weight, term in loss.parts:
-        total = total + np.abs(
-            weight * grad_of(fs.losses.WeightedSum(((1.0, term),), loss.options))
-        )
+        part = fs.losses.WeightedSum(((abs(weight), term),), loss.options)
+        if binary:
+            size = np.abs(oracle.evaluate(part, x, p)[1])
+        elif isinstance(term, fs.BCE):
+            on, off = (np.abs(oracle.evaluate(part, x, np.full(x.shape, t))[1]) for t in (1.0, 0.0))
+            size = p * on + (1 - p) * off
+        else:
+            slope = sigmoid(x) * sigmoid(-x)
+            row = tuple(range(2, x.ndim))
+            steepness = np.abs(oracle.evaluate(part, x, p)[1]) / slope
+            size = slope * steepness.max(axis=row, keepdims=True)
+        total = total + size
     return np.asarray(total)
 
 

@@ -184,6 +184,28 @@ def test_kernels_of_different_processes_do_not_mix(tmp_path, first, second):
     assert run(both, tmp_path) == Run(expected, [])
 
 
+@pytest.mark.parametrize("other", [np.float64(2), np.float32(3), 2, (np.float32(2),), float])
+def test_closures_are_named_by_what_they_close_over(other):
+    def name(constant: Any) -> str:
+        def body(x: Any) -> Any:
+            return x, constant
+
+        return str(compiled.function(body).py_func.__qualname__)
+
+    assert name(np.float32(2)) == name(np.float32(2))
+    assert name(np.float32(2)) != name(other)
+
+
+def test_closures_over_what_has_no_digest_are_refused():
+    values = [1, 2]
+
+    def body() -> Any:
+        return values
+
+    with pytest.raises(TypeError, match="which has no digest"):
+        compiled.function(body)
+
+
 # Nothing depends on the directory
 
 

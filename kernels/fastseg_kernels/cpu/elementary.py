@@ -67,8 +67,8 @@ def _horner(coefficients: tuple[Any, ...]) -> Any:
 def make_exp_negative(real: Real) -> Any:
     """Return ``exp_negative(a) = exp(-a)`` for a >= 0.
 
-    Maximum error: see the table in tests/test_elementary.py; 0 beyond `Real.exp_limit`, NaN for
-    NaN.
+    Maximum error: 1.01 ulp on [0, 87.683] in float32, 1.01 on [0, 708.742] in float64. Beyond,
+    where the result would be subnormal, it is 0; NaN for NaN.
 
     exp(-a) = 2^n exp(r) with n = round(-a / ln 2) and r = -a - n ln 2 in two steps. n is rounded by
     adding 1.5 * 2^fraction_bits, which leaves n + bias in the low bits: shifted into place they are
@@ -99,6 +99,8 @@ def make_exp_negative(real: Real) -> Any:
 def make_log1p(real: Real) -> Any:
     """Return ``log1p(s) = log(1 + s)`` for s > -1; it keeps the relative accuracy of small s.
 
+    Maximum error: 3.16 ulp on (-1, 255] in float32, 3.6 in float64; NaN for NaN.
+
     1 + s = 2^n (1 + f) with sqrt(1/2) <= 1 + f < sqrt(2), and log(1 + f) = 2 atanh(f / (2 + f)) by
     its series. Where n = 0, f is s itself, unrounded.
     """
@@ -121,7 +123,10 @@ def make_log1p(real: Real) -> Any:
 
 
 def make_log(real: Real) -> Any:
-    """Return ``log(u)`` for u in [0, 1], -inf at 0, NaN for NaN; as `make_log1p` otherwise."""
+    """Return ``log(u)`` for u in [0, 1], -inf at 0, NaN for NaN; as `make_log1p` otherwise.
+
+    Maximum error: 2.51 ulp on (0, 1] in float32, 2.8 in float64.
+    """
     T, I = real.scalar, real.integer  # noqa: E741
     one, two, zero, ln2 = T(1), T(2), T(0), T(math.log(2))
     shift = I(real.fraction_bits)
