@@ -165,14 +165,16 @@ def _run_in_pool(state: _State, kernel: Kernel, job: int, bounds: list[int]) -> 
     On return no other thread touches the job's memory, even if Ctrl-C ends the wait for the kernel.
     """
     parts = len(bounds) - 1
-    owners: dict[int, int] = {}
+    owners: dict[int, object] = {}
     finished = [threading.Event() for _ in range(parts)]
 
     def work(part: int) -> None:
-        me = threading.get_ident()
-        if owners.setdefault(part, me) == me:  # one atomic step: nobody else begins it
-            kernel.call(job, bounds[part], bounds[part + 1])
-            finished[part].set()
+        claim = object()  # not the thread's identity: a new thread may get that of one that ended
+        if owners.setdefault(part, claim) is claim:  # one atomic step: nobody else begins it
+            try:
+                kernel.call(job, bounds[part], bounds[part + 1])
+            finally:
+                finished[part].set()
 
     try:
         # No more threads to be had, or the interpreter is shutting down: this one does the rest.
@@ -183,9 +185,9 @@ def _run_in_pool(state: _State, kernel: Kernel, job: int, bounds: list[int]) -> 
         for part in range(parts):
             work(part)
     finally:
-        me = threading.get_ident()
+        claim = object()
         for part in range(parts):
-            if owners.setdefault(part, me) != me:
+            if owners.setdefault(part, claim) is not claim:
                 finished[part].wait()
 
 
