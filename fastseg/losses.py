@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from fastseg.dispatch import Backend, backend_of
 from fastseg.libraries import Library
-from fastseg.options import DEFAULTS, REDUCTIONS, Options
+from fastseg.options import DEFAULTS, Options
 from fastseg.problems import check_out, make_problem, raise_for_invalid
 from fastseg.statistics import Statistics
-from fastseg_kernels.constants import BASE_COLUMNS, FAMILY_COLUMNS, columns
+from fastseg_kernels.constants import BASE_COLUMNS, FAMILY_COLUMNS, REDUCTIONS, columns
 from fastseg_kernels.problem import Evaluation, Problem
 
 if TYPE_CHECKING:

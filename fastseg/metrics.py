@@ -18,6 +18,7 @@ from fastseg.problems import (
     make_problem,
     matched,
     raise_for_invalid,
+    with_row_axes,
 )
 from fastseg.scores import dice_from_counts, jaccard_from_counts, reduce_scores
 from fastseg_kernels.constants import FLOAT_DTYPES, columns
@@ -205,7 +206,7 @@ def _label_counts(
     if classes < 2:
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
     layout = "N" if "N" in options.layout else ""
-    rows = _one_class(pred, "pred", layout)
+    rows = with_row_axes(pred, layout, "pred")
     operands = [
         None if view is None else matched(view, name, rows, layout, broadcast=False)
         for view, name in ((targets, "targets"), (mask, "mask"))
@@ -229,9 +230,3 @@ def _label_counts(
         tp, predicted, true, valid = (a[:, 1:] for a in (tp, predicted, true, valid))
     tn = valid - predicted - true + tp
     return _integers(tp=tp, fp=predicted - tp, fn=true - tp, tn=tn), np.zeros(tp.shape)
-
-
-def _one_class(view: View, name: str, layout: str) -> View:
-    from fastseg.problems import with_row_axes
-
-    return with_row_axes(view, layout, name)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from fastseg_kernels.constants import REDUCTIONS
+
 LAYOUTS = ("NC", "N", "C", "")
-REDUCTIONS = ("none", "mean", "sum")
 
 
 @dataclass(frozen=True)

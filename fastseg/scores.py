@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-REDUCTIONS = ("none", "mean", "sum")
+from fastseg_kernels.constants import REDUCTIONS
 
 
 def _quotient(

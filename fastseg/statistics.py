@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastseg.scores import dice_from_counts, jaccard_from_counts, reduce_scores
-from fastseg_kernels.constants import BASE_COLUMNS, FAMILY_COLUMNS, PICKED, columns
+from fastseg_kernels.constants import BASE_COLUMNS, FAMILY_COLUMNS, PICKED
 
 
 class Statistics:
@@ -281,6 +281,3 @@ def concatenate_statistics(statistics: Iterable[Statistics]) -> Statistics:
                 f"samples {', '.join(repeated)} come twice; voxels of one sample are added with +"
             )
     return Statistics(np.concatenate([part.array for part in parts]), first.names, samples)
-
-
-__all__ = ["Statistics", "columns", "concatenate_statistics"]

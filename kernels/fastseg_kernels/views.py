@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fastseg_kernels.constants import MAX_DIMS
-
 
 class View(NamedTuple):
     """One array: ``strides`` in bytes, ``dtype`` by name, ``swapped`` if not in native byte order.
@@ -58,8 +56,3 @@ def merge_axes(sizes: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> 
         tuple(size for size, _ in merged),
         tuple(tuple(step[k] for _, step in merged) for k in range(len(strides))),
     )
-
-
-def fits(geometry: Geometry) -> bool:
-    """Tell whether the kernels can walk this geometry without a copy."""
-    return len(geometry.sizes) <= MAX_DIMS
