@@ -127,7 +127,7 @@ def show_info(as_json: bool) -> None:
             label = "size" if name == "bytes" else name
             table.add_row(section if k == 0 else "", label, _plain(name, value))
         table.add_section()
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)  # paths may hold brackets
     console.print(table)
     for conflict in found["conflicts"]:
         console.print(f"conflict: {conflict}", style="bold red")
@@ -157,7 +157,7 @@ def show_warmup() -> None:
         _fail("the cache is off (FASTSEG_CACHE_DIR is empty), so that nothing would be kept")
     if not is_writable(directory):
         _fail(f"{directory} is not writable: set FASTSEG_CACHE_DIR to a directory that is")
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     compiled: list[str] = []
     with _Bars(console) as bars, announced_compilation(compiled.append):
         seconds = compile_ahead(lambda name, done, total: bars("compiling", done, total, name))
@@ -175,7 +175,7 @@ def show_demo(out: Path, quick: bool, steps: int | None, seed: int) -> None:
     if absent:
         _fail(f"fastseg demo needs {', '.join(absent)}: pip install 'fastseg-kernels[demo]'")
     out.mkdir(parents=True, exist_ok=True)  # what can fail at once does, before anything is said
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(demo.NOTICE, style="yellow")
     with _Bars(console) as bars:
         found = demo.run(out, bars, quick=quick, steps=steps, seed=seed)

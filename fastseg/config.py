@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 from fastseg.dispatch import cpu
@@ -26,8 +27,10 @@ def set_num_threads(count: int | None) -> None:
     1
     >>> fs.set_num_threads(None)
     """
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-        raise ValueError(f"count must be a positive integer or None, got {count!r}")
+    if count is not None:
+        if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
+            raise ValueError(f"count must be a positive integer or None, got {count!r}")
+        count = int(count)
     cpu().set_num_threads(count)
 
 

@@ -132,6 +132,7 @@ def cpu() -> Backend:
     return backend
 
 
+@cache
 def backend_of(device: str) -> Backend:
     """Return the backend that computes on ``device``, the name that `Library.device` gives."""
     if device != "cpu":

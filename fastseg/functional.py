@@ -6,6 +6,7 @@ from typing import Any
 
 from fastseg.dispatch import backend_of
 from fastseg.libraries import common_library, library_of
+from fastseg.problems import check_distinct, check_out_dtype, share_memory
 from fastseg_kernels.constants import FLOAT_DTYPES
 
 
@@ -17,7 +18,8 @@ def sigmoid(x: Any, out: Any = None) -> Any:
     x
         Floating-point array of any shape and layout.
     out
-        Array of the same shape to write to; it may be ``x``. A new array by default.
+        Array of the same shape to write to; it may be ``x`` but not overlap it otherwise. A new
+        array by default.
 
     Returns
     -------
@@ -44,13 +46,11 @@ def sigmoid(x: Any, out: Any = None) -> Any:
     target = library.view(result, "out", writable=True)
     if target.shape != source.shape:
         raise ValueError(f"out must have the shape of x, {source.shape}, got {target.shape}")
-    if target.dtype not in FLOAT_DTYPES or (
-        source.dtype == "float64" and target.dtype[-2:] == "16"
-    ):
-        raise TypeError(
-            f"out must be floating point, "
-            f"as wide as x ({source.dtype}) or wider, got {target.dtype}"
-        )
+    check_out_dtype(target.dtype, "x", source.dtype)
+    if out is not None:
+        check_distinct(target.layout)
+        if share_memory(source.address, source.layout, target.address, target.layout):
+            raise ValueError("out must not overlap x in memory (it may be x itself)")
     backend_of(library.device(x)).sigmoid(source, target)
     if out is not None:
         library.written(out)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fastseg_kernels.constants import DTYPE_CODES
-from fastseg_kernels.views import View
+from fastseg_kernels.views import Layout, View
 
 
 class Library(Protocol):
@@ -29,8 +29,8 @@ class Library(Protocol):
     def empty_like(self, array: Any) -> Any:
         """Allocate an array of the same shape, dtype, device and memory order."""
 
-    def array(self, values: np.ndarray[Any, Any], dtype: str, like: Any) -> Any:
-        """Make an array (0-d: a scalar) of ``values`` with ``dtype`` on the device of ``like``."""
+    def array(self, values: Any, dtype: str, like: Any) -> Any:
+        """Make an array with ``dtype`` on the device of ``like``; a scalar of a NumPy scalar."""
 
     def device(self, array: Any) -> str:
         """Name the device that holds ``array``."""
@@ -39,24 +39,32 @@ class Library(Protocol):
         """Be told that ``array`` was changed in place."""
 
 
-_NUMPY_KINDS: dict[np.dtype[Any], str] = {}
+_LAYOUTS: dict[tuple[np.dtype[Any], tuple[int, ...], tuple[int, ...]], Layout] = {}
+"""Layouts by dtype, shape and strides: describing one takes as long as all the rest of a view."""
+MOST_LAYOUTS = 4096
 
 
-def _numpy_kind(dtype: np.dtype[Any]) -> str | None:
-    """Return the name of a NumPy dtype without its byte order, None if kernels cannot read it."""
-    kind = dtype.newbyteorder("=").name  # a microsecond or two: hence the dictionary
+def _numpy_layout(array: np.ndarray[Any, Any], name: str) -> Layout:
+    dtype = array.dtype
+    kind = dtype.newbyteorder("=").name
     if kind not in DTYPE_CODES:
-        return None
-    return _NUMPY_KINDS.setdefault(dtype, kind)
+        raise TypeError(f"{name} must have one of the dtypes {', '.join(DTYPE_CODES)}, got {dtype}")
+    if len(_LAYOUTS) >= MOST_LAYOUTS:
+        _LAYOUTS.clear()
+    layout = Layout(array.shape, array.strides, kind, not dtype.isnative)
+    return _LAYOUTS.setdefault((dtype, *layout[:2]), layout)
 
 
 def _numpy_address(array: Any) -> int:
     """Return where the first element lies; ``ctypes.data`` alone takes a microsecond."""
-    flags = array.flags
-    if flags.c_contiguous and flags.writeable and array.size and array.dtype.isbuiltin == 1:
+    try:
         return addressof(c_char.from_buffer(array))
-    address: int = array.ctypes.data
-    return address
+    except (TypeError, ValueError, BufferError):  # strided, read-only, empty, bfloat16
+        address: int = array.ctypes.data
+        return address
+
+
+_SCALARS = {"float32": np.float32, "float64": np.float64}  # astype takes twice as long
 
 
 class NumPy:
@@ -71,25 +79,20 @@ class NumPy:
                 f"{name} is a numpy.ma.MaskedArray, whose mask would be ignored; pass {name}.data "
                 f"and mask=~numpy.ma.getmaskarray({name})"
             )
-        dtype = array.dtype
-        kind = _NUMPY_KINDS.get(dtype) or _numpy_kind(dtype)
-        if kind is None:
-            raise TypeError(
-                f"{name} must have one of the dtypes {', '.join(DTYPE_CODES)}, got {dtype}"
-            )
+        layout = _LAYOUTS.get((array.dtype, array.shape, array.strides))
+        if layout is None:
+            layout = _numpy_layout(array, name)
         if writable and not array.flags.writeable:
             raise ValueError(f"{name} must be writable, got a read-only array")
-        swapped = not dtype.isnative
-        address = _numpy_address(array)
-        return View(address, array.shape, array.strides, kind, swapped, writable, array)
+        return View(_numpy_address(array), layout, array)
 
     def empty_like(self, array: Any) -> Any:
         """Allocate in the same memory order (a plain array also for a memory map)."""
         return np.empty_like(array, dtype=array.dtype.newbyteorder("="), order="K", subok=False)
 
-    def array(self, values: np.ndarray[Any, Any], dtype: str, like: Any) -> Any:
-        """Convert; 0-d becomes a NumPy scalar."""
-        return values.astype(dtype)[()]
+    def array(self, values: Any, dtype: str, like: Any) -> Any:
+        """Convert."""
+        return _SCALARS[dtype](values) if values.ndim == 0 else values.astype(dtype)
 
     def device(self, array: Any) -> str:
         """Return "cpu"."""
@@ -112,7 +115,7 @@ class Torch:
         self._dtypes: dict[Any, str] = names
 
     def view(self, array: Any, name: str, *, writable: bool = False) -> View:
-        """Describe a tensor; one that autograd follows is refused, not detached in silence."""
+        """Describe a tensor; one that requires grad is refused, not detached in silence."""
         torch = self._torch
         if hasattr(array, "to_local"):
             raise TypeError(f"{name} is a DTensor; pass its local part, {name}.to_local()")
@@ -123,7 +126,7 @@ class Torch:
             )
         if array.layout is not torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got layout {array.layout}")
-        if array.requires_grad and torch.is_grad_enabled() and not writable:
+        if array.requires_grad and torch.is_grad_enabled():
             raise TypeError(
                 f"{name} requires grad: use fastseg.torch.Loss(loss), which autograd follows, or "
                 f"pass {name}.detach()"
@@ -135,10 +138,21 @@ class Torch:
                 f"got {array.dtype}"
             )
         if array.is_neg() or array.is_conj():
+            if writable:
+                raise ValueError(
+                    f"{name} must hold its own values, got a negated or conjugated view, which "
+                    "cannot be written in place"
+                )
             array = array.resolve_conj().resolve_neg()
+        address, shape = array.data_ptr(), tuple(array.shape)
+        if address == 0 and 0 not in shape:
+            raise TypeError(
+                f"{name} has no memory to be read, got a {type(array).__name__} whose storage is "
+                "elsewhere or was freed"
+            )
         size = array.element_size()
-        strides = tuple(step * size for step in array.stride())
-        return View(array.data_ptr(), tuple(array.shape), strides, kind, False, writable, array)
+        strides = tuple([step * size for step in array.stride()])
+        return View(address, Layout(shape, strides, kind), array)
 
     def empty_like(self, array: Any) -> Any:
         """Allocate a plain tensor in the same memory format."""
@@ -149,9 +163,10 @@ class Torch:
         )
         return self._torch.empty_like(plain.detach())
 
-    def array(self, values: np.ndarray[Any, Any], dtype: str, like: Any) -> Any:
-        """Convert; 0-d stays a 0-d tensor."""
-        return self._torch.as_tensor(values).to(getattr(self._torch, dtype))
+    def array(self, values: Any, dtype: str, like: Any) -> Any:
+        """Convert; a scalar becomes a 0-d tensor."""
+        dtype = getattr(self._torch, dtype)
+        return self._torch.as_tensor(values, dtype=dtype, device=like.device)
 
     def device(self, array: Any) -> str:
         """Return the device, as "cpu" or "cuda:0"."""
@@ -207,13 +222,10 @@ def library_of(array: Any, name: str) -> Library:
 def common_library(first: Any, first_name: str, **others: Any) -> Library:
     """Return the library that all arrays share; TypeError that names two that differ."""
     library = library_of(first, first_name)
-    if library.name == "numpy" and all(
-        array is None or type(array) is np.ndarray for array in others.values()
-    ):
-        return library  # the usual case, without the questions below
+    plain = type(first) is np.ndarray
     for name, array in others.items():
-        if array is None:
-            continue
+        if array is None or (plain and type(array) is np.ndarray):
+            continue  # the usual case, without the questions below
         other = library_of(array, name)
         if other is not library:
             raise TypeError(

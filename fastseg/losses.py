@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from fastseg.dispatch import Backend, backend_of
 from fastseg.libraries import Library
 from fastseg.options import DEFAULTS, Options
 from fastseg.problems import check_out, make_problem, raise_for_invalid
-from fastseg.statistics import Statistics
+from fastseg.statistics import Statistics, picks, require
 from fastseg_kernels.constants import BASE_COLUMNS, FAMILY_COLUMNS, REDUCTIONS, columns
 from fastseg_kernels.problem import Evaluation, Problem
 
@@ -119,9 +120,8 @@ class Loss:
 
     def families(self, track: Sequence[str] = ()) -> frozenset[str]:
         """Return the families of sums that the terms, and ``track``, need."""
-        track = track if isinstance(track, str) else tuple(track)
         known = self.__dict__.setdefault("_families", {})
-        if track in known:
+        if type(track) is tuple and track in known:
             return known[track]  # type: ignore[no-any-return]
         wanted = set().union(*(term.needs() for _, term in self.parts))
         if isinstance(track, str) or not set(track) <= set(FAMILY_COLUMNS):
@@ -129,7 +129,7 @@ class Loss:
         wanted.update(track)
         if "bce_split" in wanted:
             wanted.discard("bce")  # the two parts add up to it
-        return known.setdefault(track, frozenset(wanted))  # type: ignore[no-any-return]
+        return known.setdefault(tuple(track), frozenset(wanted))  # type: ignore[no-any-return]
 
     # The three verbs
 
@@ -155,14 +155,16 @@ class Loss:
             Names of the samples; ``+`` joins statistics of equal names only.
         """
         library, problem = self._problem(logits, targets, mask, weight_map)
-        return self._statistics(self._backend(library, logits), problem, track, samples)
+        families = self.families(track)
+        sums = self._sums(backend_of(library.device(logits)), problem, families)
+        return Statistics._made(sums, columns(families), samples)
 
     def value(self, s: Statistics) -> np.float64 | NDArray[np.float64]:
         """Return the loss of the voxels that ``s`` sums up: float64, (N, C) for reduction "none".
 
         ``s`` must hold at least the families that the terms need.
         """
-        return self._reduced(self._evaluate(s, 1.0).value)
+        return self._reduced(self._evaluate(s.array, s.names, 1.0).value)
 
     def gradient(
         self,
@@ -203,12 +205,14 @@ class Loss:
                 f"{len(chosen)} and {known}"
                 + ("" if rows is not None else "; rows= says which samples of a larger s they are")
             )
-        coefficients = self._evaluate(s, grad_scale).coefficients[chosen.start : chosen.stop]
+        coefficients = self._evaluate(s.array, s.names, grad_scale).coefficients[
+            chosen.start : chosen.stop
+        ]
         if rows is not None and chosen.step != 1:
             raise ValueError(f"rows must be a slice of step 1, got {rows}")
         grad = library.empty_like(logits) if out is None else out
         view = check_out(grad, library, problem, self.options.layout)
-        self._backend(library, logits).gradient(problem, coefficients, view)
+        backend_of(library.device(logits)).gradient(problem, coefficients, view)
         if out is not None:
             library.written(out)
         return grad
@@ -220,11 +224,14 @@ class Loss:
     ) -> Any:
         """Return the value, as a scalar of the caller's library ((N, C) for reduction "none").
 
-        float32 for float16, bfloat16 and float32 logits, float64 for float64.
+        float32 for float16, bfloat16 and float32 logits, float64 for float64 (see
+        ``compute_dtype`` in `fastseg.Options`).
         """
         library, problem = self._problem(logits, targets, mask, weight_map)
-        s = self._statistics(self._backend(library, logits), problem, (), None)
-        return self._answer(library, problem, self._evaluate(s, 1.0).value, logits)
+        families = self.families()
+        sums = self._sums(backend_of(library.device(logits)), problem, families)
+        value = self._evaluate(sums, columns(families), 1.0).value
+        return self._answer(library, problem, value, logits)
 
     def value_and_grad(
         self,
@@ -237,9 +244,7 @@ class Loss:
         grad_scale: Any = 1.0,
     ) -> tuple[Any, Any]:
         """Return the value and its gradient with respect to the logits; options as the verbs'."""
-        value, grad, _ = self.evaluate(
-            logits, targets, mask=mask, weight_map=weight_map, out=out, grad_scale=grad_scale
-        )
+        value, grad, _ = self._run(logits, targets, mask, weight_map, (), out, grad_scale)
         return value, grad
 
     def evaluate(
@@ -259,22 +264,37 @@ class Loss:
         With ``track=("hard",)`` a training step has its hard Jaccard index for nothing:
         ``s.jaccard_index()``.
         """
-        library, problem = self._problem(logits, targets, mask, weight_map)
-        grad = library.empty_like(logits) if out is None else out
-        view = check_out(grad, library, problem, self.options.layout)  # before anything is computed
-        backend = self._backend(library, logits)
-        s = self._statistics(backend, problem, track, samples)
-        result = self._evaluate(s, grad_scale)
-        backend.gradient(problem, result.coefficients, view)
-        if out is not None:
-            library.written(out)
-        return self._answer(library, problem, result.value, logits), grad, s
+        value, grad, sums = self._run(logits, targets, mask, weight_map, track, out, grad_scale)
+        return value, grad, Statistics._made(sums, columns(self.families(track)), samples)
 
     def term_values(self, s: Statistics) -> tuple[np.float64 | NDArray[np.float64], ...]:
         """Return the value of each term, before its weight; no voxel is read."""
-        return tuple(self._reduced(value) for value in self._evaluate(s, 1.0).terms)
+        return tuple(self._reduced(value) for value in self._evaluate(s.array, s.names, 1.0).terms)
 
     # Steps
+
+    def _run(
+        self,
+        logits: Any,
+        targets: Any,
+        mask: Any,
+        weight_map: Any,
+        track: Sequence[str],
+        out: Any,
+        grad_scale: Any,
+    ) -> tuple[Any, Any, NDArray[np.float64]]:
+        """Run the three verbs on one problem; return the value, the gradient and the sums."""
+        library, problem = self._problem(logits, targets, mask, weight_map)
+        grad = library.empty_like(logits) if out is None else out
+        view = check_out(grad, library, problem, self.options.layout)  # before anything is computed
+        backend = backend_of(library.device(logits))
+        families = self.families(track)
+        sums = self._sums(backend, problem, families)
+        result = self._evaluate(sums, columns(families), grad_scale)
+        backend.gradient(problem, result.coefficients, view)
+        if out is not None:
+            library.written(out)
+        return self._answer(library, problem, result.value, logits), grad, sums
 
     def _problem(
         self, logits: Any, targets: Any, mask: Any, weight_map: Any
@@ -285,61 +305,65 @@ class Loss:
         return make_problem(logits, targets, mask, weight_map, options, activation, threshold)
 
     @staticmethod
-    def _backend(library: Library, logits: Any) -> Backend:
-        return backend_of(library.device(logits))
-
-    def _statistics(
-        self,
-        backend: Backend,
-        problem: Problem,
-        track: Sequence[str],
-        samples: str | Sequence[str] | None,
-    ) -> Statistics:
-        families = self.families(track)
+    def _sums(backend: Backend, problem: Problem, families: frozenset[str]) -> NDArray[np.float64]:
         sums = backend.statistics(problem, families)
-        invalid = sums[:, :, _INVALID].sum()
-        if invalid:
-            raise_for_invalid(problem, int(invalid), int(sums[:, :, _COUNT].sum()))
-        return Statistics._made(sums, columns(families), samples)
+        if np.count_nonzero(sums[:, :, _INVALID]):
+            invalid, total = sums[:, :, (_INVALID, _COUNT)].sum(axis=(0, 1)).astype(int)
+            raise_for_invalid(problem, invalid, total)
+        return sums
 
-    def _evaluate(self, s: Statistics, grad_scale: Any) -> Evaluation:
-        s.require(self.families())
-        samples, classes = s.array.shape[:2]
-        reduction = REDUCTIONS.index(self.options.reduction)
-        shape = np.shape(grad_scale)
-        if shape and (self.options.reduction != "none" or shape != (samples, classes)):
-            wanted = f"(N, C) = {(samples, classes)}" if self.options.reduction == "none" else "()"
-            raise ValueError(f"grad_scale must have shape {wanted}, got {shape}")
-        table, weights = self._table(classes)
-        scales = np.empty((samples, classes))
-        scales[...] = grad_scale
-        return backend_of("cpu").evaluate(
-            table, weights, s.array, s.columns_of_terms(), reduction, scales
-        )
+    def _evaluate(
+        self, sums: NDArray[np.float64], names: tuple[str, ...], grad_scale: Any
+    ) -> Evaluation:
+        samples, classes = sums.shape[:2]
+        prepared = self.__dict__.setdefault("_prepared", {})
+        if (names, classes) not in prepared:
+            require(names, self.families())
+            reduction = REDUCTIONS.index(self.options.reduction)
+            prepared[names, classes] = (*self._table(classes), picks(names), reduction)
+        table, weights, picked, reduction = prepared[names, classes]
+        scales = self._scales(grad_scale, (samples, classes))
+        return backend_of("cpu").evaluate(table, weights, sums, picked, reduction, scales)
+
+    def _scales(self, grad_scale: Any, rows: tuple[int, int]) -> NDArray[np.float64]:
+        """Return the factor of each row's gradient, float64 (N, C)."""
+        if type(grad_scale) is float:
+            return _constant(rows, grad_scale)
+        if hasattr(grad_scale, "detach"):  # a tensor, bfloat16 included
+            grad_scale = grad_scale.detach().double().cpu()
+        scale = np.asarray(grad_scale)
+        if scale.dtype.kind not in "fiu":
+            raise TypeError(f"grad_scale must be a number or an array of them, got {grad_scale!r}")
+        wanted = rows if self.options.reduction == "none" else ()
+        if scale.shape not in ((), wanted):
+            named = f"(N, C) = {wanted}" if wanted else "()"
+            raise ValueError(f"grad_scale must have shape {named}, got {scale.shape}")
+        return np.full(rows, scale, np.float64)
 
     def _table(self, classes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         from fastseg.terms import table_of
 
-        cached = self.__dict__.get("_tables")
-        if cached is None or cached[0] != classes:
-            if self.options.reduction == "none" and any(
-                getattr(term, "scope", "sample") == "batch" for _, term in self.parts
-            ):
-                raise ValueError(
-                    'reduction="none" keeps the samples apart, scope="batch" joins them; choose one'
-                )
-            cached = (classes, table_of(self.parts, classes))
-            self.__dict__["_tables"] = cached
-        return cached[1]
+        if self.options.reduction == "none" and any(
+            getattr(term, "scope", "sample") == "batch" for _, term in self.parts
+        ):
+            raise ValueError(
+                'reduction="none" keeps the samples apart, scope="batch" joins them; choose one'
+            )
+        return table_of(self.parts, classes)
 
     def _reduced(self, value: NDArray[np.float64]) -> np.float64 | NDArray[np.float64]:
-        return value if self.options.reduction == "none" else np.float64(value[0, 0])
+        return value if self.options.reduction == "none" else value[0, 0]
 
     def _answer(
         self, library: Library, problem: Problem, value: NDArray[np.float64], like: Any
     ) -> Any:
-        dtype = "float64" if problem.logits.dtype == "float64" else "float32"
-        return library.array(np.asarray(self._reduced(value)), dtype, like)
+        return library.array(self._reduced(value), problem.arrangement.real, like)
+
+
+@lru_cache(maxsize=64)
+def _constant(rows: tuple[int, int], value: float) -> NDArray[np.float64]:
+    """Return the factor of every row, shared by all calls: nobody writes to it."""
+    return np.full(rows, value)
 
 
 @dataclass(frozen=True, repr=False)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastseg.dispatch import backend_of
-from fastseg.libraries import common_library
+from fastseg.libraries import Library, common_library
 from fastseg.options import Options
 from fastseg.problems import (
     as_int64,
@@ -22,8 +22,7 @@ from fastseg.problems import (
 )
 from fastseg.scores import dice_from_counts, jaccard_from_counts, reduce_scores
 from fastseg_kernels.constants import FLOAT_DTYPES, columns
-from fastseg_kernels.problem import Problem
-from fastseg_kernels.views import View
+from fastseg_kernels.problem import Arrangement, Problem
 
 Kind = Literal["logits", "probs", "labels"]
 _NAMES = columns(frozenset({"hard"}))
@@ -59,7 +58,9 @@ def jaccard_index(
     num_classes
         Labels are 0 .. num_classes - 1. Without it they are 0 and 1, and the score of 1 is given.
     ignore_index, positive, mask, layout
-        As in `fastseg.Options` and `fastseg.Loss`. For labels the class axis is absent.
+        As in `fastseg.Options` and `fastseg.Loss`. Labels have no class axis: all axes but the
+        first are spatial. Masks of several classes (N, C, *spatial) are scored per class as
+        probabilities: ``pred.astype(np.float32), kind="probs"``.
     reduction
         "mean" or "sum" over the rows whose score is a number, or "none": (N, C).
     empty
@@ -131,6 +132,9 @@ def stat_scores(
 ) -> dict[str, NDArray[np.int64]]:
     """Return the counts tp, fp, fn and tn, each int64 (N, C); arguments as in `jaccard_index`.
 
+    A prediction that is NaN is over no threshold and counts as background: counts cannot say that
+    they are undefined, scores can (and are NaN then).
+
     Examples
     --------
     >>> import numpy as np, fastseg as fs
@@ -160,16 +164,14 @@ def _counts(
     if kind not in (None, "logits", "probs", "labels"):
         raise ValueError(f"kind must be 'logits', 'probs', 'labels' or None, got {kind!r}")
     library = common_library(pred, "pred", targets=targets, mask=mask)
-    view = library.view(pred, "pred")
     if kind is None:
-        kind = "logits" if view.dtype in FLOAT_DTYPES else "labels"
+        layout_of_pred = library.view(pred, "pred").layout
+        kind = "logits" if layout_of_pred.dtype in FLOAT_DTYPES else "labels"
     if kind == "labels":
         if threshold is not None or positive is not None:
             name = "threshold" if threshold is not None else "positive"
             raise ValueError(f"{name} has no meaning for kind='labels'")
-        truth = library.view(targets, "targets")
-        keep = None if mask is None else library.view(mask, "mask")
-        return _label_counts(view, truth, keep, library.device(pred), options, num_classes)
+        return _label_counts(library, pred, targets, mask, options, num_classes)
     if num_classes is not None:
         raise ValueError(f"num_classes is for kind='labels' only, got kind={kind!r}")
     level = 0.5 if threshold is None else float(threshold)
@@ -177,13 +179,14 @@ def _counts(
         raise ValueError(f"threshold must be a probability in (0, 1], got {threshold}")
     if kind == "logits":
         cut = math.inf if level == 1.0 else math.log(level) - math.log1p(-level)
-        library, problem = make_problem(pred, targets, mask, None, options, "sigmoid", cut)
+        library, problem = make_problem(pred, targets, mask, None, options, "sigmoid", cut, "pred")
     else:
-        library, problem = make_problem(pred, targets, mask, None, options, "probs", level)
+        library, problem = make_problem(pred, targets, mask, None, options, "probs", level, "pred")
     sums = backend_of(library.device(pred)).statistics(problem, frozenset({"hard"}))
     at = {name: sums[:, :, k] for k, name in enumerate(_NAMES)}
     if at["invalid"].any():
-        raise_for_invalid(problem, int(at["invalid"].sum()), int(at["count"].sum()))
+        count, total = int(at["invalid"].sum()), int(at["count"].sum())
+        raise_for_invalid(problem, count, total, metric=True)
     hits, over = at["hard_true_positives"], at["hard_false_positives"]
     under = at["hard_false_negatives"]
     rest = at["count"] - hits - over - under
@@ -195,29 +198,37 @@ def _integers(**counts: NDArray[np.float64]) -> dict[str, NDArray[np.int64]]:
 
 
 def _label_counts(
-    pred: View,
-    targets: View,
-    mask: View | None,
-    device: str,
+    library: Library,
+    pred: Any,
+    targets: Any,
+    mask: Any,
     options: Options,
     num_classes: int | None,
 ) -> tuple[Mapping[str, NDArray[np.int64]], NDArray[np.float64]]:
     classes = 2 if num_classes is None else num_classes
     if classes < 2:
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+    if options.layout == "C":
+        raise ValueError(
+            "labels have no class axis: layout must be 'N' (or 'NC') or '' for kind='labels', "
+            "got 'C'"
+        )
     layout = "N" if "N" in options.layout else ""
-    rows = with_row_axes(pred, layout, "pred")
-    operands = [
-        None if view is None else matched(view, name, rows, layout, broadcast=False)
-        for view, name in ((targets, "targets"), (mask, "mask"))
-    ]
+    views = [library.view(pred, "pred"), library.view(targets, "targets")]
+    if mask is not None:
+        views.append(library.view(mask, "mask"))
+    rows = with_row_axes(views[0].layout, layout, "pred")
+    truth = matched(views[1].layout, "targets", rows, layout, broadcast=False)
+    keep = None if mask is None else matched(views[2].layout, "mask", rows, layout, broadcast=False)
     ignore = options.ignore_index
     if ignore is not None:
-        ignore = as_int64(ignore) if is_representable(ignore, targets.dtype) else None
-    truth = operands[0]
-    assert truth is not None
-    problem = Problem(rows, truth, operands[1], ignore_index=ignore)
-    counts = backend_of(device).count_labels(problem, classes)
+        ignore = as_int64(ignore) if is_representable(ignore, truth.dtype) else None
+    problem = Problem(
+        Arrangement(rows, truth, keep, ignore_index=ignore),
+        (views[0].address, views[1].address, 0 if mask is None else views[2].address, 0),
+        tuple(view.owner for view in views),
+    )
+    counts = backend_of(library.device(pred)).count_labels(problem, classes)
     tp, predicted, true, valid, wrong_pred, wrong_true = np.moveaxis(counts, 2, 0)
     for name, wrong in (("pred", wrong_pred), ("targets", wrong_true)):
         if wrong.any():

@@ -102,7 +102,7 @@ def view_of(array: Any, name: str, *, writable: bool) -> View:
         )
     if view.dtype not in ("float32", "float64"):
         raise TypeError(f"{name} must be float32 or float64, got {view.dtype}")
-    if view.swapped:
+    if view.layout.swapped:
         raise ValueError(
             f"{name} must be in native byte order, got {array.dtype}; pass "
             f"{name}.astype({view.dtype!r})"
@@ -188,7 +188,7 @@ def check_grads(
         raise ValueError(f"grads must have one array per param ({len(params)}), got {len(grads)}")
     views = [view_of(grad, f"grads[{i}]", writable=zero_grads) for i, grad in enumerate(grads)]
     if [library_of(grad, "grads") for grad in grads] != libraries or (
-        [view[1:4] for view in views] != [view[1:4] for view in params]  # shape, strides, dtype
+        [view.layout for view in views] != [view.layout for view in params]
     ):
         for i, (view, param) in enumerate(zip(views, params, strict=True)):
             _check_fits(i, view, param, library_of(grads[i], "grads"), libraries[i])

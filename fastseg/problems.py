@@ -6,8 +6,10 @@ Nothing here reads an element of an array, except to say what was wrong with one
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,54 +22,52 @@ from fastseg_kernels.constants import (
     TARGETS_EQUAL,
     TARGETS_NONZERO,
 )
-from fastseg_kernels.problem import Problem
-from fastseg_kernels.views import View
+from fastseg_kernels.problem import Arrangement, Problem
+from fastseg_kernels.views import Layout, View
 
 
-def with_row_axes(view: View, layout: str, name: str) -> View:
-    """Give a view the axes N and C that its layout lacks, with length 1."""
-    if len(view.shape) < len(layout):
+def with_row_axes(array: Layout, layout: str, name: str) -> Layout:
+    """Give an array the axes N and C that its layout lacks, with length 1."""
+    if len(array.shape) < len(layout):
         raise ValueError(
             f"{name} must have the axes {layout!r} before the spatial ones (layout={layout!r}), "
-            f"got shape {view.shape}"
+            f"got shape {array.shape}"
         )
     if layout == "NC":
-        return view
-    shape, strides = view.shape, view.strides
+        return array
+    shape, strides = array.shape, array.strides
     if layout == "N":
         shape, strides = (shape[0], 1, *shape[1:]), (strides[0], 0, *strides[1:])
     elif layout == "C":
         shape, strides = (1, *shape), (0, *strides)
     else:
         shape, strides = (1, 1, *shape), (0, 0, *strides)
-    return view._replace(shape=shape, strides=strides)
+    return array._replace(shape=shape, strides=strides)
 
 
-def matched(view: View, name: str, logits: View, layout: str, *, broadcast: bool) -> View:
+def matched(array: Layout, name: str, logits: Layout, layout: str, *, broadcast: bool) -> Layout:
     """Bring targets, a mask or a weight map to the logits' shape (N, C, *spatial).
 
     The class axis may be absent; one of length 1 is repeated over the classes if ``broadcast``.
     """
-    if layout == "NC" and view.shape == logits.shape:
-        return view
     samples, classes, *spatial = logits.shape
     has_n, has_c = "N" in layout, "C" in layout
     lead = (samples,) if has_n else ()
     full = (*lead, *((classes,) if has_c else ()), *spatial)
     bare = (*lead, *spatial)
     single = (*lead, 1, *spatial)
-    n_stride = view.strides[:1] if has_n else (0,)
-    if view.shape == full:
-        strides = with_row_axes(view, layout, name).strides
-    elif view.shape == single and broadcast:
-        strides = (*n_stride, 0, *view.strides[len(lead) + 1 :])
-    elif view.shape == bare and (broadcast or classes == 1):
-        strides = (*n_stride, 0, *view.strides[len(lead) :])
+    n_stride = array.strides[:1] if has_n else (0,)
+    if array.shape == full:
+        strides = with_row_axes(array, layout, name).strides
+    elif array.shape == single and broadcast:
+        strides = (*n_stride, 0, *array.strides[len(lead) + 1 :])
+    elif array.shape == bare and (broadcast or classes == 1):
+        strides = (*n_stride, 0, *array.strides[len(lead) :])
     else:
         allowed = [full, single, bare] if broadcast else ([full, bare] if classes == 1 else [full])
         listed = " or ".join(str(shape) for shape in dict.fromkeys(allowed))
-        raise ValueError(f"{name} must have shape {listed}, got {view.shape}")
-    return view._replace(shape=logits.shape, strides=strides)
+        raise ValueError(f"{name} must have shape {listed}, got {array.shape}")
+    return array._replace(shape=logits.shape, strides=strides)
 
 
 def is_representable(label: int, dtype: str) -> bool:
@@ -85,6 +85,56 @@ def as_int64(label: int) -> int:
     return label - 2**64 if label >= 2**63 else label
 
 
+@lru_cache(maxsize=1024)
+def arrange(
+    logits: Layout,
+    targets: Layout,
+    mask: Layout | None,
+    weights: Layout | None,
+    options: Options,
+    activation: str,
+    threshold: float,
+    name: str,
+) -> Arrangement:
+    """Check the layouts of a call; ``name`` is what the caller calls the logits."""
+    if logits.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be floating point, got {logits.dtype}")
+    layout = options.layout
+    predictions = with_row_axes(logits, layout, name)
+    truth = matched(targets, "targets", predictions, layout, broadcast=False)
+    if mask is not None:
+        if mask.dtype in FLOAT_DTYPES:
+            raise TypeError(
+                f"mask must be boolean or integer (not 0: counts), got {mask.dtype}; weights go "
+                "to weight_map"
+            )
+        mask = matched(mask, "mask", predictions, layout, broadcast=True)
+    if weights is not None:
+        weights = matched(weights, "weight_map", predictions, layout, broadcast=True)
+    mode, positive = TARGETS_AS_STORED, 0
+    if options.positive == "nonzero":
+        mode = TARGETS_NONZERO
+    elif options.positive is not None:
+        mode, positive = TARGETS_EQUAL, options.positive
+        if not is_representable(positive, truth.dtype):
+            raise ValueError(f"positive={positive} cannot occur in targets of dtype {truth.dtype}")
+    ignore = options.ignore_index
+    if ignore is not None:
+        ignore = as_int64(ignore) if is_representable(ignore, truth.dtype) else None
+    return Arrangement(
+        predictions,
+        truth,
+        mask,
+        weights,
+        activation,
+        mode,
+        as_int64(positive),
+        ignore,
+        threshold,
+        options.compute_dtype == "float64",
+    )
+
+
 def make_problem(
     logits: Any,
     targets: Any,
@@ -93,58 +143,52 @@ def make_problem(
     options: Options,
     activation: str,
     threshold: float = 0.0,
+    name: str = "logits",
 ) -> tuple[Library, Problem]:
     """Check the arguments of a verb and describe them to a backend."""
-    library = common_library(logits, "logits", targets=targets, mask=mask, weight_map=weight_map)
-    plain = library.view(logits, "logits")
-    if plain.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"logits must be floating point, got {plain.dtype}")
-    layout = options.layout
-    predictions = with_row_axes(plain, layout, "logits")
-    truth = library.view(targets, "targets")
-    truth = matched(truth, "targets", predictions, layout, broadcast=False)
-    keep = weights = None
-    if mask is not None:
-        keep = library.view(mask, "mask")
-        if keep.dtype in FLOAT_DTYPES:
-            raise TypeError(
-                f"mask must be boolean or integer (not 0: counts), got {keep.dtype}; weights go "
-                "to weight_map"
-            )
-        keep = matched(keep, "mask", predictions, layout, broadcast=True)
-    if weight_map is not None:
-        weights = library.view(weight_map, "weight_map")
-        weights = matched(weights, "weight_map", predictions, layout, broadcast=True)
-    mode, positive = TARGETS_AS_STORED, 0
-    if options.positive == "nonzero":
-        mode = TARGETS_NONZERO
-    elif options.positive is not None:
-        mode, positive = TARGETS_EQUAL, int(options.positive)
-        if not is_representable(positive, truth.dtype):
-            raise ValueError(f"positive={positive} cannot occur in targets of dtype {truth.dtype}")
-    ignore = options.ignore_index
-    if ignore is not None:
-        ignore = as_int64(ignore) if is_representable(ignore, truth.dtype) else None
-    problem = Problem(
-        predictions, truth, keep, weights, activation, mode, as_int64(positive), ignore, threshold
+    library = common_library(logits, name, targets=targets, mask=mask, weight_map=weight_map)
+    view = library.view
+    x, p = view(logits, name), view(targets, "targets")
+    m = ABSENT if mask is None else view(mask, "mask")
+    w = ABSENT if weight_map is None else view(weight_map, "weight_map")
+    arrangement = arrange(
+        x.layout, p.layout, m.layout, w.layout, options, activation, threshold, name
     )
-    return library, problem
+    addresses = (x.address, p.address, m.address, w.address)
+    return library, Problem(arrangement, addresses, (x.owner, p.owner, m.owner, w.owner))
 
 
-def as_numpy(view: View, shape: tuple[int, ...] | None = None) -> np.ndarray[Any, Any]:
-    """Return the memory of a view as a NumPy array (halves and bfloat16 as uint16), uncopied."""
-    shape = view.shape if shape is None else shape
-    if 0 in shape:
-        return np.zeros(shape, _numpy_dtype(view))
-    low, high = _extent(shape, view.strides, view.dtype)
-    size = high - low
-    buffer: Any = (ctypes.c_char * size).from_address(view.address + low)
-    return np.ndarray(shape, _numpy_dtype(view), buffer, -low, view.strides)
+class _Absent(NamedTuple):
+    """Stands for the view of an argument that was not given."""
+
+    address: int = 0
+    layout: None = None
+    owner: None = None
 
 
-def _numpy_dtype(view: View) -> np.dtype[Any]:
-    dtype = np.dtype("uint16" if view.dtype == "bfloat16" else view.dtype)
-    return dtype.newbyteorder("S") if view.swapped else dtype
+ABSENT = _Absent()
+
+
+def as_numpy(address: int, layout: Layout) -> np.ndarray[Any, Any]:
+    """Return memory as a NumPy array (bfloat16 as uint16), uncopied."""
+    dtype = np.dtype("uint16" if layout.dtype == "bfloat16" else layout.dtype)
+    dtype = dtype.newbyteorder("S") if layout.swapped else dtype
+    if 0 in layout.shape:
+        return np.zeros(layout.shape, dtype)
+    low, high = _extent(layout)
+    buffer: Any = (ctypes.c_char * (high - low)).from_address(address + low)
+    return np.ndarray(layout.shape, dtype, buffer, -low, layout.strides)
+
+
+# Where a gradient goes
+
+
+class _Place(NamedTuple):
+    """What of an output depends on layouts alone."""
+
+    layout: Layout  # (N, C, *spatial)
+    own: tuple[int, int]  # the bytes that it spans, from its first element on
+    operands: tuple[tuple[int, int, int], ...]  # (number, and the bytes that it spans) of each
 
 
 def check_out(out: Any, library: Library, problem: Problem, layout: str) -> View:
@@ -155,96 +199,139 @@ def check_out(out: Any, library: Library, problem: Problem, layout: str) -> View
             f"logits and out must come from one library, got {library.name} and {other.name}"
         )
     view = library.view(out, "out", writable=True)
-    logits = problem.logits
-    view = with_row_axes(view, layout, "out")
-    if view.shape != logits.shape:
-        raise ValueError(f"out must have the shape of logits, {logits.shape}, got {view.shape}")
-    double = logits.dtype == "float64"
-    allowed = ("float32", "float64") if double else FLOAT_DTYPES
-    if view.dtype not in allowed:
-        raise TypeError(
-            f"out must have dtype {', '.join(allowed)} for {logits.dtype} logits, got {view.dtype}"
-        )
-    if _is_broadcast(view.shape, view.strides):
-        raise ValueError("out must not be a broadcast array: several voxels share its memory")
-    for k, operand in enumerate(problem[:4]):
-        if operand is None or operand[:5] == view[:5]:
-            continue  # absent, or the very same array: every voxel is read before it is written
-        if _overlap(operand, view):
-            name = ("logits", "targets", "mask", "weight_map")[k]
-            raise ValueError(f"out must not overlap {name} in memory (it may be logits itself)")
-    return view
+    address = view.address
+    place = _place(problem.arrangement, view.layout, layout)
+    first, end = address + place.own[0], address + place.own[1]
+    for k, low, high in place.operands:
+        at = problem.addresses[k]
+        if at + low < end and first < at + high:
+            operand = problem.arrangement.layouts[k]
+            assert operand is not None
+            if share_memory(at, operand, address, place.layout):
+                name = ("logits", "targets", "mask", "weight_map")[k]
+                raise ValueError(f"out must not overlap {name} in memory (it may be logits itself)")
+    return View(address, place.layout, view.owner)
 
 
-@lru_cache(maxsize=256)
-def _is_broadcast(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    pairs = zip(strides, shape, strict=True)
-    return 0 not in shape and any(step == 0 and size > 1 for step, size in pairs)
+@lru_cache(maxsize=1024)
+def _place(arrangement: Arrangement, out: Layout, layout: str) -> _Place:
+    logits = arrangement.logits
+    out = with_row_axes(out, layout, "out")
+    if out.shape != logits.shape:
+        raise ValueError(f"out must have the shape of logits, {logits.shape}, got {out.shape}")
+    check_out_dtype(out.dtype, "logits", logits.dtype)
+    check_distinct(out)
+    operands = ((k, each) for k, each in enumerate(arrangement.layouts) if each is not None)
+    return _Place(out, _extent(out), tuple((k, *_extent(each)) for k, each in operands))
 
 
-@lru_cache(maxsize=256)
-def _extent(shape: tuple[int, ...], strides: tuple[int, ...], dtype: str) -> tuple[int, int]:
+def check_out_dtype(dtype: str, name: str, given: str) -> None:
+    """Refuse an output that is not floating point, or half where ``name`` is float64."""
+    allowed = ("float32", "float64") if given == "float64" else FLOAT_DTYPES
+    if dtype not in allowed:
+        raise TypeError(f"out must have dtype {', '.join(allowed)} for {given} {name}, got {dtype}")
+
+
+def check_distinct(out: Layout) -> None:
+    """Refuse an output in which two elements may lie in the same memory."""
+    end = ITEM_SIZES[out.dtype]
+    pairs = zip(out.strides, out.shape, strict=True)
+    for step, size in sorted((abs(step), size) for step, size in pairs if size > 1):
+        if step < end and 0 not in out.shape:
+            raise ValueError(
+                "out must not be a broadcast or self-overlapping array: several voxels share its "
+                "memory"
+            )
+        end += step * (size - 1)
+
+
+def _extent(layout: Layout) -> tuple[int, int]:
     """Return the bytes that an array spans, relative to its first element."""
-    spans = [step * (size - 1) for step, size in zip(strides, shape, strict=True)]
+    if 0 in layout.shape:
+        return 0, 0
+    pairs = zip(layout.strides, layout.shape, strict=True)
+    spans = [step * (size - 1) for step, size in pairs]
     low, high = sum(min(0, span) for span in spans), sum(max(0, span) for span in spans)
-    return low, high + ITEM_SIZES[dtype]
+    return low, high + ITEM_SIZES[layout.dtype]
 
 
-def _overlap(a: View, b: View) -> bool:
-    if 0 in a.shape:
+def share_memory(first: int, a: Layout, second: int, b: Layout) -> bool:
+    """Tell whether two arrays share memory, unless they are the very same array.
+
+    The same array is fine for an output: every voxel is read before it is written.
+    """
+    if (first, a) == (second, b):
         return False
-    a_low, a_high = _extent(a.shape, a.strides, a.dtype)
-    b_low, b_high = _extent(b.shape, b.strides, b.dtype)
-    if a.address + a_high <= b.address + b_low or b.address + b_high <= a.address + a_low:
-        return False
-    first, second = as_numpy(a), as_numpy(b)
     try:
         work: Any = 10_000  # candidate solutions; NumPy's stub knows only its two special values
-        return np.shares_memory(first, second, max_work=work)
+        return np.shares_memory(as_numpy(first, a), as_numpy(second, b), max_work=work)
     except np.exceptions.TooHardError:
         return True
 
 
-def raise_for_invalid(problem: Problem, count: int, total: int) -> None:
+# Invalid targets
+
+
+USE_POSITIVE = (
+    "; label volumes and 0/255 masks: use {} or positive=<label>, and ignore_index= for voxels "
+    "that do not count"
+)
+
+
+def raise_for_invalid(problem: Problem, count: int, total: int, metric: bool = False) -> None:
     """Find the first invalid target (or probability) and say what it is; slow, only for errors."""
-    targets, logits = problem.targets, problem.logits
-    mask = None if problem.mask is None else as_numpy(problem.mask)
-    values = as_numpy(targets)
-    for index in np.ndindex(targets.shape[: min(3, len(targets.shape))]):
-        kept = np.ones(values[index].shape, bool)
-        seen = _readable(values[index], targets.dtype)
-        if problem.ignore_index is not None:
-            kept &= seen != problem.ignore_index
+    arrangement = problem.arrangement
+    logits, targets, mask, _ = (
+        None if layout is None else as_numpy(address, layout)
+        for address, layout in zip(problem.addresses, arrangement.layouts, strict=True)
+    )
+    assert logits is not None and targets is not None
+    voxels = f"(invalid voxels: {count} of {total})"
+    as_stored = arrangement.target_mode == TARGETS_AS_STORED
+    soft = arrangement.targets.dtype in FLOAT_DTYPES and as_stored
+    for index in _slabs(arrangement.shape):
+        seen = _readable(targets[index], arrangement.targets.dtype)
+        kept = np.ones(seen.shape, bool)
+        if arrangement.ignore_index is not None:
+            kept &= seen != arrangement.ignore_index
         if mask is not None:
             kept &= mask[index] != 0
-        soft = targets.dtype in FLOAT_DTYPES and problem.target_mode == TARGETS_AS_STORED
         allowed = (seen >= 0) & (seen <= 1) if soft else (seen == 0) | (seen == 1)
-        if problem.target_mode != TARGETS_AS_STORED:
+        if not as_stored:
             allowed = seen == seen
-        wrong = np.asarray(seen)[kept & ~allowed]
+        wrong = seen[kept & ~allowed]
         if wrong.size:
-            rule = "in [0, 1]" if soft else "0 or 1"
-            hint = (
-                '; label volumes and 0/255 masks: use loss.replace(positive="nonzero") or '
-                "positive=<label>, and ignore_index= for voxels that do not count"
-            )
+            option = 'positive="nonzero"' if metric else 'loss.replace(positive="nonzero")'
             raise ValueError(
-                f"targets must be {rule}, got {wrong.flat[0]} (invalid voxels: {count} of {total})"
-                + hint
+                f"targets must be {'in [0, 1]' if soft else '0 or 1'}, got {wrong[0]} {voxels}"
+                + USE_POSITIVE.format(option)
             )
-        if problem.activation == "probs":
-            probs = _readable(as_numpy(logits)[index], logits.dtype)
-            wrong = np.asarray(probs)[kept & ((probs < 0) | (probs > 1))]
+        if arrangement.activation == "probs":
+            probs = _readable(logits[index], arrangement.logits.dtype)
+            wrong = probs[kept & ((probs < 0) | (probs > 1))]
             if wrong.size:
-                raise ValueError(
-                    f"with activation=None logits must be probabilities in [0, 1], got "
-                    f"{wrong.flat[0]} (invalid voxels: {count} of {total})"
+                what = (
+                    "pred must hold probabilities"
+                    if metric
+                    else "with activation=None logits must be probabilities"
                 )
+                raise ValueError(f"{what} in [0, 1], got {wrong[0]} {voxels}")
     raise ValueError(f"targets or probabilities have invalid values ({count} of {total} voxels)")
 
 
-def _readable(values: Any, dtype: str) -> Any:
-    """Widen bfloat16, which NumPy sees as uint16, to float32."""
+def _slabs(shape: tuple[int, ...], voxels: int = 2**20) -> Iterator[tuple[Any, ...]]:
+    """Yield indices of parts of a volume that need little memory each."""
+    for n, c in np.ndindex(*shape[:2]):
+        if len(shape) == 2:
+            yield n, c
+            continue
+        step = max(1, voxels // max(1, prod(shape[3:])))
+        for start in range(0, shape[2], step):
+            yield n, c, slice(start, start + step)
+
+
+def _readable(values: Any, dtype: str) -> np.ndarray[Any, Any]:
+    """Return an array; bfloat16, which NumPy sees as uint16, is widened to float32."""
     if dtype != "bfloat16":
         return np.asarray(values)
     return (np.asarray(values).astype(np.uint32) << 16).view(np.float32)

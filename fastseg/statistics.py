@@ -80,9 +80,9 @@ class Statistics:
             return cls(array, names, samples)
         self = object.__new__(cls)
         array.flags.writeable = False
-        object.__setattr__(self, "array", array)
-        object.__setattr__(self, "names", names)
-        object.__setattr__(self, "samples", None)
+        _put_array(self, array)
+        _put_names(self, names)
+        _put_samples(self, None)
         return self
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -103,7 +103,9 @@ class Statistics:
         return same and np.array_equal(self.array, other.array, equal_nan=True)
 
     def __hash__(self) -> int:
-        return hash((self.names, self.samples, self.array.tobytes()))
+        # Equal arrays have equal bytes once every NaN is the same one and no zero is negative.
+        plain = np.where(np.isnan(self.array), np.nan, self.array + 0.0)
+        return hash((self.names, self.samples, plain.tobytes()))
 
     # Sums
 
@@ -116,24 +118,7 @@ class Statistics:
             return self.array[:, :, self.names.index(name)]
         if name == "bce_sum" and "bce_pos_sum" in self.names:
             return np.asarray(self["bce_pos_sum"] + self["bce_neg_sum"])
-        family = next((f for f, members in FAMILY_COLUMNS.items() if name in members), None)
-        if family is None:
-            raise KeyError(f"no column {name!r}; these statistics hold {', '.join(self.names)}")
-        raise ValueError(
-            f"these statistics do not hold {name}: ask for track=({family!r},) when they are made"
-        )
-
-    def columns_of_terms(self) -> NDArray[np.int64]:
-        """Return where the sums that terms are made of are stored, int64 (len(PICKED),); or -1."""
-        return _picks(self.names)
-
-    def require(self, families: Iterable[str]) -> None:
-        """Raise a ValueError that names the first family that is absent."""
-        for family in families:
-            if not (family == "bce" and "bce_pos_sum" in self.names):
-                for name in FAMILY_COLUMNS[family]:
-                    if name not in self.names:
-                        self[name]
+        raise _absent(name, self.names)
 
     # Combining
 
@@ -189,7 +174,8 @@ class Statistics:
     def counts(self) -> dict[str, NDArray[np.int64]]:
         """Return the hard counts tp, fp, fn and tn, each int64 (N, C).
 
-        Needs ``track=("hard",)``.
+        Needs ``track=("hard",)``. A prediction that is NaN counts as background here; the column
+        ``undefined`` says how many there are, and the scores below are NaN.
         """
         hits, over, under = (
             self[f"hard_{n}"] for n in ("true_positives", "false_positives", "false_negatives")
@@ -243,8 +229,34 @@ class Statistics:
             raise ValueError(f"not a JSON document of Statistics: {error!r}") from error
 
 
+# What sets the slots of an immutable object, without the search of object.__setattr__.
+_put_array, _put_names, _put_samples = (
+    Statistics.__dict__[name].__set__ for name in ("array", "names", "samples")
+)
+
+
+def _absent(name: str, names: Sequence[str]) -> Exception:
+    """Return the error for a column that is not among ``names``."""
+    family = next((f for f, members in FAMILY_COLUMNS.items() if name in members), None)
+    if family is None:
+        return KeyError(f"no column {name!r}; these statistics hold {', '.join(names)}")
+    return ValueError(
+        f"these statistics do not hold {name}: ask for track=({family!r},) when they are made"
+    )
+
+
+def require(names: Sequence[str], families: Iterable[str]) -> None:
+    """Raise a ValueError that names the first column of ``families`` that is absent."""
+    for family in families:
+        if not (family == "bce" and "bce_pos_sum" in names):
+            for name in FAMILY_COLUMNS[family]:
+                if name not in names:
+                    raise _absent(name, names)
+
+
 @cache
-def _picks(names: tuple[str, ...]) -> NDArray[np.int64]:
+def picks(names: tuple[str, ...]) -> NDArray[np.int64]:
+    """Return where the sums that terms are made of are stored, int64 (len(PICKED),); or -1."""
     return np.array([names.index(name) if name in names else -1 for name in PICKED], np.int64)
 
 

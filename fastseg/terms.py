@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -36,10 +37,25 @@ def _choice(name: str, value: object, choices: Sequence[object]) -> None:
 
 
 def _not_negative(term: object, *names: str) -> None:
+    """Check the numbers of a term and store them as Python's floats."""
     for name in names:
         value = getattr(term, name)
-        if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+        number = float(value) if isinstance(value, Real) else math.nan
+        if isinstance(value, bool) or not (math.isfinite(number) and number >= 0):
             raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+        object.__setattr__(term, name, number)
+
+
+def _tuple_of(term: object, name: str, kind: type, what: str) -> None:
+    """Check a sequence of numbers, or None, and store it as a tuple."""
+    value = getattr(term, name)
+    if value is None:
+        return
+    array = np.asarray(value)
+    entries = tuple(array.tolist()) if array.ndim == 1 else ()
+    if not entries or any(isinstance(e, bool) or not isinstance(e, kind) for e in entries):
+        raise ValueError(f"{name} must be a sequence of {what}, or None, got {value!r}")
+    object.__setattr__(term, name, entries)
 
 
 @dataclass(frozen=True)
@@ -60,16 +76,12 @@ class Term(Loss):
 
     def __post_init__(self) -> None:
         """Check the options and make sequences hashable."""
-        for name in ("classes", "class_weights"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, tuple(np.asarray(value).tolist()))
+        _tuple_of(self, "classes", Integral, "indices")
+        _tuple_of(self, "class_weights", Real, "numbers")
         if self.class_weights is not None and not all(
             math.isfinite(weight) and weight >= 0 for weight in self.class_weights
         ):
             raise ValueError(f"class_weights must be finite and >= 0, got {self.class_weights}")
-        if self.classes is not None and not all(isinstance(c, int) for c in self.classes):
-            raise ValueError(f"classes must be integers, got {self.classes}")
 
     @property
     def parts(self) -> tuple[tuple[float, Term], ...]:
@@ -123,7 +135,7 @@ class BCE(Term):
     Parameters
     ----------
     pos_weight
-        Factor of the foreground's part, > 0.
+        Factor of the foreground's part, at least 0.
     normalize
         "valid": divide by the number of valid voxels (of the batch for ``reduction="mean"``, of
         each row else); "all": by the number of all voxels; None: the sum per sample and class, as
@@ -187,11 +199,9 @@ class RegionTerm(Term):
         Least value of the denominator (and of the score in ``link="log"``).
     link
         The loss as a function of the score: "one_minus" 1 - score, "negative" -score, "log"
-        -log(score), "power" (1 - score)^gamma. The sums are those of errors, which keeps the digits
-        of a small loss; the logarithm of a score near 0, and its gradient, are off by
-        1e-7 / score.
+        -log(score), "power" (1 - score)^gamma.
     gamma
-        Exponent of ``link="power"``.
+        Exponent of ``link="power"``, and 1 otherwise.
     scope
         "sample": a score per sample and class; "batch": per class, over all voxels of the batch.
     empty
@@ -217,6 +227,11 @@ class RegionTerm(Term):
         super().__post_init__()
         _not_negative(self, "smooth_num", "smooth_den", "eps", "gamma")
         _choice("link", self.link, LINKS)
+        if self.gamma != 1.0 and self.link != "power":
+            raise ValueError(
+                f"gamma must be 1 unless link='power', got gamma={self.gamma} with "
+                f"link={self.link!r}"
+            )
         _choice("scope", self.scope, ("sample", "batch"))
         _choice("empty", self.empty, EMPTY)
 

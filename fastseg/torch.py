@@ -36,8 +36,9 @@ class _Function(torch.autograd.Function):
         ctx.save_for_backward(logits, targets, mask, weight_map)
         ctx.loss, ctx.statistics = loss, s
         module.last_statistics = s
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        return torch.as_tensor(value).to(dtype)
+        double = "float64" in (loss.options.compute_dtype, str(logits.dtype).removeprefix("torch."))
+        dtype = torch.float64 if double else torch.float32
+        return torch.as_tensor(value, dtype=dtype, device=logits.device)
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -62,9 +63,8 @@ class _Gradient(torch.autograd.Function):
         loss: _Loss,
         s: Statistics,
     ) -> torch.Tensor:
-        scale = upstream.detach().numpy()
         grad = loss.gradient(
-            logits.detach(), targets, s, mask=mask, weight_map=weight_map, grad_scale=scale
+            logits.detach(), targets, s, mask=mask, weight_map=weight_map, grad_scale=upstream
         )
         return grad  # type: ignore[no-any-return]
 
@@ -79,6 +79,7 @@ class Loss(torch.nn.Module):
     Memory is shared with the tensors: nothing is copied. The gradient is computed in backward, by
     one read of logits and targets and one write; what comes from above is multiplied in before
     the gradient is rounded to the logits' dtype. A second differentiation raises a RuntimeError.
+    Inside torch.compile the module runs as it is, between the compiled parts.
 
     Parameters
     ----------
@@ -105,6 +106,8 @@ class Loss(torch.nn.Module):
         self.track = tuple(track)
         self.last_statistics = None
 
+    # Dynamo cannot look into NumPy records: torch.compile calls this as it is, between its graphs.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self,
         logits: torch.Tensor,

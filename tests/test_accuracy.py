@@ -130,6 +130,45 @@ def test_gradient_of_bce_and_jaccard_is_within_4_ulp_of_itself(spread, dtype, bo
     assert float((np.abs(got - expected) / allowed).max()) <= 1.0
 
 
+SCORES = [
+    fs.SoftJaccard(),
+    fs.SoftJaccard(link="negative"),
+    fs.SoftDice(link="log"),
+    fs.Tversky(alpha=0.3, beta=0.7, link="power", gamma=0.75),
+]
+
+
+@pytest.mark.parametrize("shift", [-4.6, -7.0, -12.0, -16.0])
+@pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 4.0), (np.float64, 8.0)])
+@pytest.mark.parametrize("loss", SCORES, ids=repr)
+def test_a_score_near_0_keeps_its_digits(loss, dtype, bound, shift):
+    """A network that starts from the prior: all logits low, and a score of 1e-2 to 1e-7."""
+    rng = np.random.default_rng(0)
+    targets = rng.random((1, 1, 50_000)) < 0.01
+    logits = (shift + 0.5 * rng.standard_normal(targets.shape)).astype(dtype)
+    value, grad = loss.value_and_grad(logits, targets)
+    e = np.exp(logits.astype(np.longdouble))
+    q, rest = e / (1 + e), 1 / (1 + e)
+    inner = (targets * q).sum()
+    missed, false_alarms = (targets * rest).sum(), (~targets * q).sum()
+    alpha, beta = {"SoftDice": (0.5, 0.5), "Tversky": (0.3, 0.7)}.get(type(loss).__name__, (1, 1))
+    size = inner + alpha * false_alarms + beta * missed
+    score, error = inner / size, (alpha * false_alarms + beta * missed) / size
+    expected, outer = {
+        "one_minus": (error, -1),
+        "negative": (-score, -1),
+        "log": (-np.log(score), -1 / score),
+        "power": (error**loss.gamma, -loss.gamma * error ** (loss.gamma - 1)),
+    }[loss.link]
+    np.testing.assert_allclose(float(value), float(expected), rtol=1e-6 if bound == 4.0 else 1e-13)
+    # d score / d q: with size = (1 - beta) inner + alpha (Q - inner) + beta P
+    on_target = (1 - score * (1 - beta)) / size
+    slope = np.where(targets, on_target, -score * alpha / size)
+    exact = outer * slope * q * rest
+    spacing = np.spacing(np.abs(exact).astype(dtype)).astype(np.longdouble)
+    assert float((np.abs(grad - exact) / spacing).max()) <= bound
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_minimum_of_soft_bce_is_at_the_target(dtype):
     probs = np.linspace(0.05, 0.95, 19).astype(dtype)

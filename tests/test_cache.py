@@ -164,9 +164,26 @@ def test_edited_source_is_recompiled(source, tmp_path, file, old, new, script):
     assert run(script, cache, source) == Run(before.result, [])  # and the old files still serve
 
 
+def test_source_edited_under_a_running_process_is_not_taken_for_its_own(source, tmp_path):
+    """The process compiles what it imported, and must not file it under what is there now."""
+    cache, edited = tmp_path / "cache", source / "fastseg_kernels/cpu/points.py"
+    text = edited.read_text()
+    assert text.count("missed += wrong") == 1
+    meanwhile = f"""
+import fastseg_kernels.cpu
+from pathlib import Path
+path = Path({str(edited)!r})
+path.write_text(path.read_text().replace("missed += wrong", "missed += T(3) * wrong"))
+"""
+    before = run(meanwhile + OVERLAP, cache, source)
+    after = run(OVERLAP, cache, source)
+    assert after.compiled
+    assert after.result != before.result
+
+
 @pytest.mark.parametrize("file", BACKEND_SOURCES)
 def test_every_source_of_the_backend_is_in_the_key(source, monkeypatch, file):
-    digest = compiled.source_digest.__wrapped__
+    digest = compiled._digest_sources
     monkeypatch.setattr(compiled, "__file__", str(source / "fastseg_kernels/cpu/compiled.py"))
     before = digest()
     path = source / "fastseg_kernels" / file
@@ -258,6 +275,16 @@ def test_cache_directory_follows_the_environment(monkeypatch, environment, expec
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert compiled.cache_directory() == expected
+
+
+def test_user_without_a_home_has_no_cache(monkeypatch):
+    def absent() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("FASTSEG_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", absent)
+    assert compiled.cache_directory() is None
 
 
 # Damage is noticed and repaired

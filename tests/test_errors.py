@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,25 @@ def shifted_overlap() -> tuple[np.ndarray, np.ndarray]:
     return memory[:-1].reshape(X.shape), memory[1:].reshape(X.shape)
 
 
+def strided(a: np.ndarray, strides: tuple[int, ...]) -> np.ndarray:
+    """Return a writable array of ``a``'s shape in new memory, with other strides."""
+    return np.lib.stride_tricks.as_strided(np.zeros(a.size, a.dtype), a.shape, strides)
+
+
+def freed(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def masked(tensor: torch.Tensor) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype, it says
+        return torch.masked.masked_tensor(tensor, tensor > 0)
+
+
+LINE = np.linspace(-3, 3, 20_001, dtype=np.float32)
+XT, TT = torch.from_numpy(X.copy()), torch.from_numpy(T.copy())
 Row = tuple[Callable[[], Any], type[Exception], str]
 BAD: list[Row] = [
     # kinds and dtypes
@@ -104,11 +124,18 @@ BAD: list[Row] = [
     (lambda: fs.SoftJaccard(link="exp"), ValueError, "link must be one of 'one_minus', 'negative'"),
     (lambda: fs.SoftJaccard(scope="class"), ValueError, "scope must be one of 'sample', 'batch'"),
     (lambda: fs.SoftJaccard(empty="nan"), ValueError, "empty must be one of 'formula', 'one', 'zero'"),
+    (lambda: LOSS.replace(compute_dtype="float32"), ValueError, "compute_dtype must be 'auto' or 'float64'"),
     (lambda: fs.SoftDice(eps=math.inf), ValueError, "eps must be a finite number >= 0, got inf"),
     (lambda: fs.BCE(class_weights=(1.0, -1.0)), ValueError, "class_weights must be finite and >= 0"),
     (lambda: fs.BCE(class_weights=(1.0, 2.0))(X, T), ValueError, "one entry per class, got 2 for 3"),
     (lambda: fs.BCE(classes=(3,))(X, T), ValueError, r"classes must be in \[0, 3\), got \(3,\)"),
-    (lambda: fs.BCE(classes=(0.5,)), ValueError, r"classes must be integers, got \(0.5,\)"),
+    (lambda: fs.BCE(classes=(0.5,)), ValueError, r"classes must be a sequence of indices, or None, got \(0.5,\)"),
+    (lambda: fs.BCE(classes=np.array([False, True])), ValueError, "classes must be a sequence of indices"),
+    (lambda: fs.BCE(classes=()), ValueError, r"classes must be a sequence of indices, or None, got \(\)"),
+    (lambda: fs.BCE(classes=1), ValueError, "classes must be a sequence of indices, or None, got 1"),
+    (lambda: fs.BCE(class_weights=2.0), ValueError, "class_weights must be a sequence of numbers"),
+    (lambda: fs.BCE(pos_weight=True), ValueError, "pos_weight must be a finite number >= 0, got True"),
+    (lambda: fs.Tversky(gamma=0.75), ValueError, "gamma must be 1 unless link='power', got gamma=0.75"),
     (lambda: math.inf * fs.BCE(), ValueError, "multiplied by a finite number, got inf"),
     (lambda: "2" * fs.BCE(), TypeError, "can't multiply|unsupported operand"),
     (lambda: fs.BCE() + 1.0, TypeError, "unsupported operand"),
@@ -150,11 +177,22 @@ BAD: list[Row] = [
         TypeError,
         "out must have dtype float32, float64 for float64 logits, got float16",
     ),
+    (lambda: LOSS.value_and_grad(X, T, out=strided(X, (0, 140, 28, 4))), ValueError, "out must not be a broadcast"),
+    (lambda: LOSS.value_and_grad(X, T, out=strided(X, (4, 140, 28, 4))), ValueError, "out must not be a broadcast"),
+    (lambda: LOSS.value_and_grad(X, T, grad_scale=None), TypeError, "grad_scale must be a number .* got None"),
+    (lambda: LOSS.value_and_grad(X, T, grad_scale="2"), TypeError, "grad_scale must be a number"),
+    (lambda: LOSS.value_and_grad(X, T, grad_scale=1j), TypeError, "grad_scale must be a number"),
     (
-        lambda: LOSS.value_and_grad(X, T, out=np.broadcast_to(X[:1], X.shape)),
+        lambda: LOSS.value_and_grad(XT, TT, out=torch.zeros(X.shape, dtype=torch.complex64).conj().imag),
         ValueError,
-        "out must be writable|broadcast",
+        "out must hold its own values, got a negated or conjugated view",
     ),
+    (lambda: LOSS.value_and_grad(XT, TT, out=XT.clone().requires_grad_()), TypeError, "out requires grad"),
+    # tensors without memory
+    (lambda: LOSS(freed(XT), TT), TypeError, "logits has no memory to be read, got a Tensor"),
+    (lambda: LOSS(XT, torch._efficientzerotensor(X.shape, dtype=torch.uint8)), TypeError, "targets has no memory"),
+    (lambda: LOSS(masked(XT), TT), TypeError, "logits has no memory to be read, got a MaskedTensor"),
+    (lambda: fs.Adam(freed(XT)), TypeError, "has no memory"),
     (lambda: LOSS.value_and_grad(X, T, out=torch.empty(X.shape)), TypeError, "one library"),
     (lambda: LOSS.value_and_grad(X, T, out=[1.0]), TypeError, "out must be a NumPy array"),
     # metrics and functions
@@ -168,10 +206,17 @@ BAD: list[Row] = [
     (lambda: fs.jaccard_index(3 * T, T, num_classes=3), ValueError, r"pred must hold labels in \[0, 3\)"),
     (lambda: fs.jaccard_index(X, T, reduction="median"), ValueError, "reduction must be one of"),
     (lambda: fs.jaccard_index(X, T * 255), ValueError, "targets must be 0 or 1, got 255"),
-    (lambda: fs.jaccard_index(X / 100 + 2, T, kind="probs"), ValueError, r"probabilities in \[0, 1\]"),
+    (lambda: fs.jaccard_index(X, T * 255), ValueError, r'use positive="nonzero" or positive=<label>'),
+    (lambda: fs.jaccard_index(X / 100 + 2, T, kind="probs"), ValueError, r"pred must hold probabilities in \[0, 1\]"),
+    (lambda: fs.jaccard_index(T, T, kind="probs"), TypeError, "pred must be floating point, got uint8"),
+    (lambda: fs.jaccard_index(T, T, layout="C"), ValueError, "labels have no class axis: layout must be"),
     (lambda: fs.sigmoid(T), TypeError, "x must be floating point, got uint8"),
     (lambda: fs.sigmoid(X, out=X[:1].copy()), ValueError, "out must have the shape of x"),
-    (lambda: fs.sigmoid(X, out=T.copy()), TypeError, "out must be floating point"),
+    (lambda: fs.sigmoid(X, out=T.copy()), TypeError, "out must have dtype .* for float32 x, got uint8"),
+    (lambda: fs.sigmoid(X.astype(float), out=np.empty(X.shape, np.float16)), TypeError, "out must have dtype float32, float64"),
+    (lambda: fs.sigmoid(X, out=strided(X, (0, 140, 28, 4))), ValueError, "out must not be a broadcast"),
+    (lambda: fs.sigmoid(LINE[:-1], out=LINE[1:]), ValueError, "out must not overlap x in memory"),
+    (lambda: fs.sigmoid(LINE[::-1], out=LINE), ValueError, "out must not overlap x in memory"),
     (lambda: fs.sigmoid(X, out=read_only(X)), ValueError, "out must be writable"),
     (lambda: fs.set_num_threads(0), ValueError, "count must be a positive integer or None, got 0"),
     (lambda: fs.set_num_threads(1.5), ValueError, "count must be a positive integer or None, got 1.5"),

@@ -190,3 +190,19 @@ def test_out_is_not_written_when_targets_are_invalid():
     with pytest.raises(ValueError, match="targets must be"):
         LOSS.value_and_grad(logits, targets * 255, out=out)
     assert np.all(out == 7.0)
+
+
+@pytest.mark.parametrize("junk", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("activation", ["sigmoid", None], ids=str)
+def test_weight_0_leaves_a_voxel_out_whatever_is_stored_there(activation, junk):
+    logits = np.array([[[0.5, 0.25, 0.75, 0.5]]], np.float32)
+    targets = np.array([[[1, 0, 1, 0]]], np.uint8)
+    weights = np.array([[[1.0, 0.0, 2.0, 1.0]]], np.float32)
+    loss = (fs.BCE(pos_weight=2.0) + fs.SoftJaccard()).replace(activation=activation)
+    expected, expected_grad = loss.value_and_grad(logits, targets, weight_map=weights)
+    if activation == "sigmoid" or np.isnan(junk):  # other values outside [0, 1] are errors
+        logits[0, 0, 1] = junk
+    value, grad = loss.value_and_grad(logits, targets, weight_map=weights)
+    assert value == expected
+    np.testing.assert_array_equal(grad, expected_grad)
+    assert grad[0, 0, 1] == 0.0

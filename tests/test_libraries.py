@@ -37,14 +37,14 @@ def test_import_loads_numpy_and_nothing_else():
 
 
 def test_import_is_quick():
-    """A quarter of NumPy's own import would be slow; measured against it in the same process."""
+    """Measured against NumPy's own import in the same process; it takes a quarter of that."""
     code = (
         "import time; a = time.perf_counter(); import numpy; b = time.perf_counter(); "
         "import fastseg; c = time.perf_counter(); print((c - b) / (b - a), c - b)"
     )
     results = sorted(tuple(map(float, run(code).split())) for _ in range(5))
     ratio, seconds = results[len(results) // 2]
-    assert ratio < 2.0 or seconds < 0.1
+    assert ratio < 1.0, (ratio, seconds)
 
 
 def imports(path: Path) -> set[str]:

@@ -136,3 +136,25 @@ def test_label_layouts(layout):
     got = fs.stat_scores(change(pred), true, num_classes=4)
     for name in expected:
         np.testing.assert_array_equal(got[name], expected[name])
+
+
+def test_ignored_label_is_not_what_is_no_label():
+    """-1 stands for nothing but -1."""
+    pred, targets = np.ones((1, 4), np.uint8), np.array([[1.0, -1.0, 0.5, np.nan]])
+    with pytest.raises(ValueError, match="2 of 3 valid voxels do not"):
+        fs.stat_scores(pred, targets, ignore_index=-1)
+
+
+def test_threshold_below_the_smallest_float32_leaves_padding_out():
+    probs, targets = np.zeros((1, 1, 5), np.float32), np.zeros((1, 1, 5), np.uint8)
+    scores = fs.stat_scores(probs, targets, kind="probs", threshold=1e-50)
+    assert {name: int(count[0, 0]) for name, count in scores.items()} == {
+        "tp": 0, "fp": 0, "fn": 0, "tn": 5,
+    }  # fmt: skip
+
+
+def test_wrong_target_of_a_long_row_is_found_at_once():
+    targets = np.zeros((1, 1, 3_000_000), np.uint8)
+    targets[0, 0, -1] = 7
+    with pytest.raises(ValueError, match=r"got 7 \(invalid voxels: 1 of 3000000\)"):
+        fs.jaccard_index(np.zeros(targets.shape, np.float32), targets)

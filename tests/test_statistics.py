@@ -31,6 +31,7 @@ def test_columns_hold_what_their_names_say():
     expected = {
         "voxels": np.full((2, 3), 999.0), "count": np.full((2, 3), 999.0),
         "invalid": np.zeros((2, 3)), "targets_sum": targets.sum(2), "undefined": np.zeros((2, 3)),
+        "true_positive_sum": (targets * ref.sigmoid(logits)).sum(2),
         "false_negative_sum": missed, "false_positive_sum": false_alarms,
         "bce_pos_sum": pos, "bce_neg_sum": neg, "bce_sum": pos + neg,
         "hard_true_positives": tp, "hard_false_positives": fp, "hard_false_negatives": fn,
@@ -123,7 +124,7 @@ def test_any_loss_takes_statistics_with_enough_families():
     s = (fs.BCE(pos_weight=2.0) + fs.SoftDice()).statistics(logits, targets)
     for loss in (fs.BCE(), fs.SoftJaccard(), fs.Tversky(alpha=0.1), fs.BCE(pos_weight=9.0)):
         np.testing.assert_allclose(loss.value(s), loss(logits, targets), rtol=1e-14)
-    with pytest.raises(ValueError, match=r"do not hold false_negative_sum.*track=\('overlap',\)"):
+    with pytest.raises(ValueError, match=r"do not hold true_positive_sum.*track=\('overlap',\)"):
         fs.SoftJaccard().value(fs.BCE().statistics(logits, targets))
     with pytest.raises(ValueError, match=r"track=\('hard',\)"):
         s.jaccard_index()
@@ -146,6 +147,16 @@ def test_statistics_survive_storage_exactly(copied):
     np.testing.assert_array_equal(copied(odd).array, odd.array)
     empty = fs.Statistics(np.zeros((0, 2, 4)), s.names[:4])
     assert copied(empty) == empty
+
+
+def test_equal_statistics_have_equal_hashes():
+    """Also where a NaN has another sign, as it does after JSON, or a zero."""
+    array = np.array([[[2.0, 2.0, 0.0, -np.nan, -0.0]]])
+    s = fs.Statistics(array, ("voxels", "count", "invalid", "targets_sum", "bce_sum"))
+    other = fs.Statistics.from_json(s.to_json())
+    positive = fs.Statistics(np.abs(array), s.names)
+    assert s == other == positive
+    assert hash(s) == hash(other) == hash(positive)
 
 
 def test_json_is_strict_and_bad_documents_are_refused():

@@ -20,7 +20,6 @@ TERMS = [cls for cls in subclasses(fs.Term) if cls not in (fs.Term, fs.RegionTer
 OPTIONS = {
     "smooth_num": 0.7,
     "smooth_den": 1.3,
-    "gamma": 1.7,
     "pos_weight": 2.5,
     "alpha": 0.3,
     "beta": 0.8,
@@ -39,7 +38,8 @@ def variants(cls: type) -> list[fs.Term]:
     known = {name: value for name, value in OPTIONS.items() if name in names}
     result = [cls(), *(cls(**{name: value}) for name, value in known.items()), cls(**known)]
     if "link" in names:
-        result += [cls(link=link, gamma=1.4) for link in ("negative", "log", "power")]
+        result += [cls(link="negative"), cls(link="log")]
+        result += [cls(link="power", gamma=gamma) for gamma in (0.75, 1.0, 1.4)]
     return result
 
 
@@ -49,7 +49,19 @@ ALL = [term for cls in TERMS for term in variants(cls)]
 def test_every_term_is_found():
     assert {fs.BCE, fs.SoftJaccard, fs.SoftDice, fs.Tversky} <= set(TERMS)
     covered = {field.name for cls in TERMS for field in fields(cls)}
-    assert covered - {"link"} <= set(OPTIONS), "give the new option a value in OPTIONS"
+    assert covered - {"link", "gamma"} <= set(OPTIONS), "give the new option a value in OPTIONS"
+
+
+def check_gradient(loss, grad, logits, targets, **extra) -> None:
+    """Compare a gradient with central differences of the value."""
+    step = 1e-6
+    expected = np.empty_like(grad)
+    for index in np.ndindex(logits.shape):
+        high, low = logits.copy(), logits.copy()
+        high[index] += step
+        low[index] -= step
+        expected[index] = (loss(high, targets, **extra) - loss(low, targets, **extra)) / (2 * step)
+    np.testing.assert_allclose(grad, expected, rtol=2e-6, atol=2e-9)
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", None], ids=str)
@@ -65,28 +77,17 @@ def test_gradient_equals_finite_differences(term, target, activation):
     loss = term.replace(activation=activation)
     for extra in ({}, {"weight_map": weights, "mask": mask}):
         grad = loss.value_and_grad(logits, targets, **extra)[1]
-        step = 1e-6
-        expected = np.empty_like(grad)
-        for index in np.ndindex(logits.shape):
-            high, low = logits.copy(), logits.copy()
-            high[index] += step
-            low[index] -= step
-            expected[index] = (loss(high, targets, **extra) - loss(low, targets, **extra)) / (
-                2 * step
-            )
-        np.testing.assert_allclose(grad, expected, rtol=2e-6, atol=2e-9)
+        check_gradient(loss, grad, logits, targets, **extra)
 
 
 def test_a_wrong_derivative_is_found():
-    """The check above fails for a gradient that is off by one part in a thousand."""
+    """The check above fails for a gradient that is off by one part in a hundred thousand."""
     logits, targets = make((1, 1, 7), np.float64)
     loss = fs.SoftJaccard()
-    grad = 1.001 * loss.value_and_grad(logits, targets)[1]
-    step = np.zeros_like(logits)
-    step[0, 0, 3] = 1e-6
-    expected = (loss(logits + step, targets) - loss(logits - step, targets)) / 2e-6
+    grad = loss.value_and_grad(logits, targets)[1]
+    check_gradient(loss, grad, logits, targets)
     with pytest.raises(AssertionError):
-        np.testing.assert_allclose(grad[0, 0, 3], expected, rtol=2e-6, atol=2e-9)
+        check_gradient(loss, 1.00001 * grad, logits, targets)
 
 
 def test_tversky_has_jaccard_and_dice_as_special_cases():
@@ -114,6 +115,30 @@ def test_empty_formula_is_nan_only_at_zero_over_zero():
     assert np.isnan(fs.SoftJaccard().replace(activation=None)(probs, targets))
     smooth = fs.SoftJaccard(smooth_num=1.0, smooth_den=1.0).replace(activation=None)
     assert smooth(probs, targets) == 0.0
+
+
+@pytest.mark.parametrize("empty", ["formula", "one", "zero", "skip"])
+def test_nan_is_nan_also_in_a_row_without_foreground(empty):
+    logits, targets = np.array([[[np.nan, 1.0, 2.0]]]), np.zeros((1, 1, 3), np.uint8)
+    value, grad = fs.SoftJaccard(empty=empty).value_and_grad(logits, targets)
+    assert np.isnan(value)
+    assert np.isnan(grad[0, 0, 0])
+
+
+def test_pos_weight_0_leaves_the_foreground_out():
+    logits = np.array([[[-np.inf, 1.0]]])
+    targets = np.array([[[1, 0]]], np.uint8)
+    value, grad = fs.BCE(pos_weight=0.0).value_and_grad(logits, targets)
+    np.testing.assert_allclose(value, np.log1p(np.exp(1.0)) / 2, rtol=1e-14)
+    assert grad[0, 0, 0] == 0.0
+
+
+def test_numbers_of_numpy_are_taken():
+    assert fs.BCE(pos_weight=np.float32(3)) == fs.BCE(pos_weight=3.0)
+    assert fs.BCE(classes=np.array([0, 1])) == fs.BCE(classes=(0, 1))
+    options = fs.BCE().replace(ignore_index=np.int64(255), positive=np.uint8(1)).options
+    assert options == fs.Options(ignore_index=255, positive=1)
+    assert type(options.ignore_index) is int
 
 
 def test_skipped_rows_are_left_out_of_the_mean():

@@ -505,8 +505,10 @@ def test_pool_does_without_threads_that_cannot_start(pool, monkeypatch):
     assert sorted(kernel.tasks) == list(range(8))
 
 
-def test_pool_leaves_nothing_running_after_an_interrupt(pool):
+@pytest.mark.parametrize("interrupts", [1, 2])
+def test_pool_leaves_nothing_running_after_an_interrupt(pool, interrupts):
     """Ctrl-C frees the arrays: a thread that still wrote to them would crash the process."""
+    import _thread
     import threading
 
     main, begun, ended = threading.get_ident(), threading.Semaphore(0), threading.Event()
@@ -517,6 +519,9 @@ def test_pool_leaves_nothing_running_after_an_interrupt(pool):
             raise KeyboardInterrupt
         begun.release()
         ended.wait(0.3)
+        if interrupts == 2:
+            _thread.interrupt_main()  # while the main thread waits for this one
+            ended.wait(0.3)
 
     kernel = Recorder(before)
     with pytest.raises(KeyboardInterrupt):
@@ -525,6 +530,25 @@ def test_pool_leaves_nothing_running_after_an_interrupt(pool):
     pool.pool.shutdown()
     assert at_return == kernel.tasks
     assert at_return
+
+
+def test_pool_does_not_wait_for_a_part_that_an_interrupt_kept_from_beginning(pool):
+    """The exception may come when this thread has claimed a part and not yet begun it."""
+
+    class Interrupted(dict):
+        def setdefault(self, part, claim):
+            first = super().setdefault(part, claim)
+            if part == 0 and not self.get("raised"):
+                self["raised"] = True
+                raise KeyboardInterrupt
+            return first
+
+    import threading
+
+    owners, ours = Interrupted(), object()
+    with pytest.raises(KeyboardInterrupt):
+        owners.setdefault(0, ours)
+    cpu_threads._wait_for_others(owners, ours, [threading.Event()])  # returns
 
 
 # Numbers of threads

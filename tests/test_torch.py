@@ -219,3 +219,39 @@ def test_monai_metatensors_are_tensors(monai_losses):
     value.backward()
     np.testing.assert_allclose(value.detach().item(), expected.item(), rtol=1e-6)
     assert meta.grad.shape == meta.shape
+
+
+def test_answers_stay_with_the_logits_whatever_the_default_device():
+    logits, targets = torch.randn(2, 1, 9, requires_grad=True), torch.rand(2, 1, 9) < 0.5
+    loss = fs.BCE() + fs.SoftJaccard()
+    with torch.device("meta"):
+        value = fastseg.torch.Loss(loss)(logits, targets)
+        plain = loss(logits.detach(), targets)
+        value.backward()
+    assert value.device == plain.device == logits.grad.device == torch.device("cpu")
+    assert value == plain
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo's own, hidden else
+def test_torch_compile_calls_the_module_as_it_is():
+    criterion = fastseg.torch.Loss(fs.BCE() + fs.SoftJaccard())
+    logits, targets = torch.randn(2, 1, 9), torch.rand(2, 1, 9) < 0.5
+
+    def step(x):
+        return 2 * criterion(3 * x, targets)
+
+    eager, compiled = (logits.clone().requires_grad_() for _ in range(2))
+    expected, got = step(eager), torch.compile(step, backend="eager")(compiled)
+    assert got == expected
+    expected.backward()
+    got.backward()
+    assert torch.equal(compiled.grad, eager.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_grad_scale_may_be_a_tensor(dtype):
+    logits, targets = torch.randn(2, 1, 9), torch.rand(2, 1, 9) < 0.5
+    scale = torch.tensor(2.0, dtype=dtype, requires_grad=True)
+    loss = fs.BCE()
+    got = loss.value_and_grad(logits, targets, grad_scale=scale)[1]
+    assert torch.equal(got, loss.value_and_grad(logits, targets, grad_scale=2.0)[1])

@@ -33,7 +33,7 @@ TARGETS_EQUAL = 2  # one label is the foreground
 # Column groups ("families") of the statistics. A loss names what it needs and nobody pays for more.
 BASE_COLUMNS = ("voxels", "count", "invalid", "targets_sum")
 FAMILY_COLUMNS = {
-    "overlap": ("false_negative_sum", "false_positive_sum"),
+    "overlap": ("true_positive_sum", "false_negative_sum", "false_positive_sum"),
     "bce": ("bce_sum",),
     "bce_split": ("bce_pos_sum", "bce_neg_sum"),
     "hard": ("hard_true_positives", "hard_false_positives", "hard_false_negatives", "undefined"),
@@ -50,10 +50,12 @@ def columns(families: frozenset[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-# One row of the table of terms. With P = targets_sum, F = false_negative_sum and G =
-# false_positive_sum, a region term's score is 1 - r,
-#   r = (num_f F + num_g G + num_0) / max(den_p P + den_f F + den_g G + den_0, eps),
-# so that the loss is formed from the errors alone and nothing cancels when they are small.
+# One row of the table of terms. With P = targets_sum, I = true_positive_sum, F =
+# false_negative_sum and G = false_positive_sum, a region term is 1 - score or a function of it,
+#   1 - score = (num_f F + num_g G + num_0) / D,   D = max(den_p P + den_f F + den_g G + den_0, eps)
+#   score = (den_p I + (den_p + den_f - num_f) F + (den_g - num_g) G + den_0 - num_0) / D
+# (the same, as P = I + F). Nothing cancels in the first where errors are small, nor in the second
+# where the score is.
 TERM_FIELDS = (
     "kind", "weight", "num_f", "num_g", "num_0", "den_p", "den_f", "den_g", "den_0", "eps",
     "link", "gamma", "batch", "empty", "pos_weight", "normalize",
@@ -69,7 +71,7 @@ COEFFICIENTS = 4
 terms on the foreground and off it, and the weight of the BCE on the foreground and off it."""
 
 PICKED = (
-    "voxels", "count", "targets_sum", "false_negative_sum", "false_positive_sum",
-    "bce_sum", "bce_pos_sum", "bce_neg_sum",
+    "voxels", "count", "targets_sum", "true_positive_sum", "false_negative_sum",
+    "false_positive_sum", "bce_sum", "bce_pos_sum", "bce_neg_sum",
 )  # fmt: skip
 """The sums that terms are made of, in the order in which ``evaluate`` takes them."""

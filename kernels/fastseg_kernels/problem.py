@@ -2,35 +2,67 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastseg_kernels.views import View
+from fastseg_kernels.views import Layout
 
 
-class Problem(NamedTuple):
-    """Predictions and targets of one call.
+def compute_type(dtype: str) -> str:
+    """Return the type that logits of ``dtype`` are computed in."""
+    return "float64" if dtype == "float64" else "float32"
 
-    All views have the shape (N, C, *spatial) of ``logits``; an axis that an operand lacks has
-    stride 0. ``activation`` is "sigmoid" (logits) or "probs" (probabilities).
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Arrangement:
+    """What of a call depends on layouts and options alone.
+
+    All layouts have the shape (N, C, *spatial) of ``logits``; an axis that an operand lacks has
+    stride 0. Calls that are arranged alike share one object, which compares by identity: a backend
+    remembers by it what it has worked out.
     """
 
-    logits: View
-    targets: View
-    mask: View | None = None
-    weights: View | None = None
-    activation: str = "sigmoid"
+    logits: Layout
+    targets: Layout
+    mask: Layout | None = None
+    weights: Layout | None = None
+    activation: str = "sigmoid"  # or "probs": the predictions are probabilities
     target_mode: int = 0  # one of the TARGETS_ constants
     positive: int = 0  # the label of TARGETS_EQUAL
     ignore_index: int | None = None
     threshold: float = 0.0  # of a hard prediction, in the units of ``logits``
+    double: bool = False  # compute in float64 whatever the logits are
+
+    @property
+    def real(self) -> str:
+        """Return the type that is computed in: "float32" or "float64"."""
+        return "float64" if self.double else compute_type(self.logits.dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Return (N, C, *spatial)."""
         return self.logits.shape
+
+    @property
+    def layouts(self) -> tuple[Layout | None, ...]:
+        """Return the layouts in the order of `Problem.addresses`."""
+        return (self.logits, self.targets, self.mask, self.weights)
+
+
+class Problem(NamedTuple):
+    """Predictions and targets of one call."""
+
+    arrangement: Arrangement
+    addresses: tuple[int, int, int, int]  # of logits, targets, mask, weights; 0: absent
+    owners: tuple[object, ...]  # keep the memory alive
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return (N, C, *spatial)."""
+        return self.arrangement.logits.shape
 
 
 class Evaluation(NamedTuple):

@@ -5,19 +5,39 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class View(NamedTuple):
-    """One array: ``strides`` in bytes, ``dtype`` by name, ``swapped`` if not in native byte order.
+class Layout(NamedTuple):
+    """How an array lies in memory, wherever that is.
 
-    ``owner`` keeps the memory alive for as long as the view is.
+    ``strides`` are in bytes, ``dtype`` is a name, ``swapped`` says: not in native byte order.
     """
 
-    address: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: str
-    swapped: bool
-    writable: bool
+    swapped: bool = False
+
+
+class View(NamedTuple):
+    """One array; ``owner`` keeps its memory alive for as long as the view is."""
+
+    address: int
+    layout: Layout
     owner: object
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape."""
+        return self.layout.shape
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Return the strides in bytes."""
+        return self.layout.strides
+
+    @property
+    def dtype(self) -> str:
+        """Return the name of the element type."""
+        return self.layout.dtype
 
 
 class Geometry(NamedTuple):

@@ -27,7 +27,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +64,17 @@ if hasattr(os, "register_at_fork"):
 def cache_directory() -> Path | None:
     """Return where compiled kernels are kept: ``FASTSEG_CACHE_DIR`` or the user's cache directory.
 
-    ``FASTSEG_CACHE_DIR=""`` (set, but empty) turns the cache off: None is returned.
+    ``FASTSEG_CACHE_DIR=""`` (set, but empty) turns the cache off: None is returned, as it is for a
+    user without a home.
     """
     chosen = os.environ.get("FASTSEG_CACHE_DIR")
     if chosen is not None:
         return Path(chosen) if chosen else None
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fastseg"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "fastseg"
+    except RuntimeError:  # a container's user without a home
+        return None
 
 
 def compile_target() -> dict[str, Any]:
@@ -83,8 +86,7 @@ def compile_target() -> dict[str, Any]:
     }
 
 
-@cache
-def source_digest() -> bytes:
+def _digest_sources() -> bytes:
     """Digest every source of this backend, and what compiles it."""
     digest = hashlib.sha256()
     package = Path(__file__).parent
@@ -93,6 +95,11 @@ def source_digest() -> bytes:
     versions = (numba.__version__, llvmlite.__version__, sys.version)
     digest.update("\n".join(versions).encode())
     return digest.digest()
+
+
+SOURCE_DIGEST = _digest_sources()
+"""Taken on import: sources that are edited or upgraded under a running process are not those that
+it compiles."""
 
 
 class DiskCache(caching._Cache):
@@ -123,7 +130,7 @@ class DiskCache(caching._Cache):
         directory = cache_directory()
         if directory is None or not self.enabled:
             return None
-        key = hashlib.sha256(source_digest())
+        key = hashlib.sha256(SOURCE_DIGEST)
         key.update(repr((self.name, signature, target_context.codegen().magic_tuple())).encode())
         return directory / f"{self.name}-{key.hexdigest()[:32]}.bin"
 

@@ -27,18 +27,18 @@ from fastseg_kernels.cpu.compiled import function, jit
 from fastseg_kernels.cpu.intrinsics import stack_array
 from fastseg_kernels.problem import Evaluation
 
-_F = {name: index for index, name in enumerate(TERM_FIELDS)}
-KIND, WEIGHT, EPS, LINK, GAMMA = (_F[n] for n in ("kind", "weight", "eps", "link", "gamma"))
-NUM_F, NUM_G, NUM_0 = (_F[n] for n in ("num_f", "num_g", "num_0"))
-DEN_P, DEN_F, DEN_G, DEN_0 = (_F[n] for n in ("den_p", "den_f", "den_g", "den_0"))
-BATCH, EMPTY_RULE = _F["batch"], _F["empty"]
-POS_WEIGHT, NORMALIZATION = _F["pos_weight"], _F["normalize"]
+_AT = {name: index for index, name in enumerate(TERM_FIELDS)}
+KIND, WEIGHT, EPS, LINK, GAMMA = (_AT[n] for n in ("kind", "weight", "eps", "link", "gamma"))
+NUM_F, NUM_G, NUM_0 = (_AT[n] for n in ("num_f", "num_g", "num_0"))
+DEN_P, DEN_F, DEN_G, DEN_0 = (_AT[n] for n in ("den_p", "den_f", "den_g", "den_0"))
+BATCH, EMPTY_RULE = _AT["batch"], _AT["empty"]
+POS_WEIGHT, NORMALIZATION = _AT["pos_weight"], _AT["normalize"]
 NEGATIVE, LOG, POWER = LINKS.index("negative"), LINKS.index("log"), LINKS.index("power")
 FORMULA, ONE, SKIP = EMPTY.index("formula"), EMPTY.index("one"), EMPTY.index("skip")
 BY_VALID, BY_ALL = NORMALIZE.index("valid"), NORMALIZE.index("all")
 NONE, MEAN = 0, 1  # of constants.REDUCTIONS
 
-VOXELS, COUNT, P, F, G, BCE_ALL, BCE_POS, BCE_NEG = range(len(PICKED))
+VOXELS, COUNT, P, INNER, F, G, BCE_ALL, BCE_POS, BCE_NEG = range(len(PICKED))
 SUMS = len(PICKED)
 
 
@@ -48,34 +48,35 @@ def region(term, sums):  # type: ignore[no-untyped-def]
     if sums[COUNT] == 0.0:
         return 0.0, 0.0, 0.0, False
     rule = term[EMPTY_RULE]
-    empty = sums[P] == 0.0 and rule != FORMULA
+    # NaN stays NaN, whatever the rule: only predictions can be the cause, P is a number.
+    empty = sums[P] == 0.0 and rule != FORMULA and sums[G] == sums[G]
     if empty and rule == SKIP:
         return 0.0, 0.0, 0.0, False
-    numerator = term[NUM_F] * sums[F] + term[NUM_G] * sums[G] + term[NUM_0]
-    denominator = (
-        term[DEN_P] * sums[P] + term[DEN_F] * sums[F] + term[DEN_G] * sums[G] + term[DEN_0]
-    )
-    clamped = denominator < term[EPS]
-    if clamped:
-        # score = n / eps stays a quotient of its own: r = 1 - n / eps, d r = -d n / eps.
-        numerator, denominator = term[EPS] - (denominator - numerator), term[EPS]
-    r = numerator / denominator
+    hits_f, hits_g = term[DEN_P] + term[DEN_F] - term[NUM_F], term[DEN_G] - term[NUM_G]
+    hits = term[DEN_P] * sums[INNER] + hits_f * sums[F] + hits_g * sums[G]
+    hits += term[DEN_0] - term[NUM_0]
+    errors = term[NUM_F] * sums[F] + term[NUM_G] * sums[G] + term[NUM_0]
+    size = term[DEN_P] * sums[P] + term[DEN_F] * sums[F] + term[DEN_G] * sums[G] + term[DEN_0]
+    slope_f, slope_g = 0.0, 0.0  # of 1 - score
     if empty:
-        r = 0.0 if rule == ONE else 1.0
-    slope_f, slope_g = 0.0, 0.0
-    if not empty:
-        if clamped:
-            slope_f = (term[NUM_F] - term[DEN_F]) / denominator
-            slope_g = (term[NUM_G] - term[DEN_G]) / denominator
-        else:
-            slope_f = (term[NUM_F] - r * term[DEN_F]) / denominator
-            slope_g = (term[NUM_G] - r * term[DEN_G]) / denominator
+        score, r = (1.0, 0.0) if rule == ONE else (0.0, 1.0)
+    elif size < term[EPS]:
+        # The score stays a quotient of its own, hits / eps.
+        size = term[EPS]
+        score, r = hits / size, 1.0 - hits / size
+        slope_f, slope_g = (term[NUM_F] - term[DEN_F]) / size, -hits_g / size
+    else:
+        score, r = hits / size, errors / size
+        slope_f = (term[NUM_F] - r * term[DEN_F]) / size
+        slope_g = (score * term[DEN_G] - hits_g) / size
     link = term[LINK]
     if link == NEGATIVE:
-        value, outer = r - 1.0, 1.0
+        value, outer = -score, 1.0
     elif link == LOG:
-        value, outer = -math.log1p(-r), 1.0 / (1.0 - r)
-        if clamped_score(r, term[EPS]):
+        # Held at -log(eps), as peers do, if an eps is given. Near 1 the digits are those of r.
+        value = -math.log(score) if score < 0.5 else -math.log1p(-r)
+        outer = 1.0 / score
+        if term[EPS] > 0.0 and score < term[EPS]:
             value, outer = -math.log(term[EPS]), 0.0
     elif link == POWER:
         base = max(r, 0.0)
@@ -88,12 +89,6 @@ def region(term, sums):  # type: ignore[no-untyped-def]
     else:
         value, outer = r, 1.0
     return value, outer * slope_f, outer * slope_g, True
-
-
-@function
-def clamped_score(r, eps):  # type: ignore[no-untyped-def]
-    """Tell whether -log(score) is held at -log(eps), as peers do (only if an eps is given)."""
-    return eps > 0.0 and 1.0 - r < eps
 
 
 @function
@@ -168,7 +163,9 @@ def add_bce(term, sums, columns, class_weights, reduction, scale, values, coeffi
                 share = 1.0 / kept if reduction == MEAN else 1.0
             else:
                 share = 1.0 / (voxels if reduction == MEAN else row[by])
-            value = row[BCE_ALL] + pos_weight * row[BCE_POS] + row[BCE_NEG]
+            value = row[BCE_ALL] + row[BCE_NEG]
+            if pos_weight != 0.0:  # 0 leaves the foreground out, infinite losses included
+                value += pos_weight * row[BCE_POS]
             factor = class_weights[c] * share
             total += factor * value
             if reduction == NONE:
@@ -187,6 +184,7 @@ def _compiled() -> Any:
 
     @jit("evaluate", signature)
     def evaluate(terms, weights, sums, columns, reduction, scale, value, by_term, out):  # type: ignore[no-untyped-def]
+        value[:], by_term[:], out[:] = 0.0, 0.0, 0.0
         for k in range(terms.shape[0]):
             term, values = terms[k], by_term[k]
             if term[KIND] == KIND_BCE:
@@ -230,7 +228,7 @@ def evaluate(
     samples, classes = sums.shape[:2]
     shape = (samples, classes) if reduction == NONE else (1, 1)
     result = Evaluation(
-        np.zeros(shape), np.zeros((len(terms), *shape)), np.zeros((samples, classes, COEFFICIENTS))
+        np.empty(shape), np.empty((len(terms), *shape)), np.empty((samples, classes, COEFFICIENTS))
     )
     _compiled()(terms, class_weights, sums, columns, reduction, scale, *result)
     return result

@@ -73,23 +73,25 @@ def label_kernel() -> Kernel:
 def count_labels(problem: Problem, num_classes: int) -> NDArray[np.float64]:
     """Return the counts of every sample and class, float64 (N, num_classes, COUNTS).
 
-    ``problem.logits`` are predicted labels here. The last axis holds true positives, predicted and
-    true voxels, valid voxels, and how many predicted and true labels are outside [0, num_classes).
+    The logits of ``problem`` are predicted labels here. The last axis holds true positives,
+    predicted and true voxels, valid voxels, and how many predicted and true labels are outside
+    [0, num_classes).
     """
-    operands = {"logits": problem.logits, "targets": problem.targets}
-    if problem.mask is not None:
-        operands["mask"] = problem.mask
-    shape = problem.shape
+    arrangement, shape = problem.arrangement, problem.shape
     job: Any = np.zeros(1, JOB)
     record = job[0]
-    fill_geometry(record, shape, operands)
+    names = ("logits", "targets", "mask")
+    present = dict(zip(names, arrangement.layouts, strict=False))
+    fill_geometry(record, {name: layout for name, layout in present.items() if layout is not None})
+    for name, address in zip(names, problem.addresses, strict=False):
+        record[name]["address"] = address
     voxels = prod(shape[2:])
     # A block's table is num_classes rows: long blocks keep it small beside the labels it counts.
     block = max(block_length(voxels), 64 * num_classes)
     record["voxels"], record["block"], record["blocks"] = voxels, block, -(-voxels // block)
     record["classes"] = num_classes
-    record["has_ignore"] = problem.ignore_index is not None
-    record["ignore_label"] = problem.ignore_index or 0
+    record["has_ignore"] = arrangement.ignore_index is not None
+    record["ignore_label"] = arrangement.ignore_index or 0
     blocks = -(-voxels // block)
     tables = np.empty((shape[0], blocks, num_classes, COUNTS), np.int64)
     record["sums"] = tables.ctypes.data

@@ -21,8 +21,9 @@ from fastseg_kernels.cpu.operands import (
     store_raw,
 )
 from fastseg_kernels.cpu.overlap import block_length
-from fastseg_kernels.cpu.passes import SHARED_FROM, compute_type, fill_geometry
+from fastseg_kernels.cpu.passes import SHARED_FROM, fill_geometry
 from fastseg_kernels.cpu.stage import JOB
+from fastseg_kernels.problem import compute_type
 from fastseg_kernels.views import View
 
 
@@ -67,10 +68,11 @@ def sigmoid(x: View, out: View) -> None:
     record = job[0]
     shape = (1, 1, *x.shape)
     rows = {
-        name: view._replace(shape=shape, strides=(0, 0, *view.strides))
+        name: view.layout._replace(shape=shape, strides=(0, 0, *view.strides))
         for name, view in (("logits", x), ("out", out))
     }
-    fill_geometry(record, shape, rows)
+    fill_geometry(record, rows)
+    record["logits"]["address"], record["out"]["address"] = x.address, out.address
     voxels = prod(x.shape)
     block = block_length(voxels)
     record["voxels"], record["block"] = voxels, block

@@ -29,7 +29,7 @@ from fastseg_kernels.cpu.intrinsics import (
     pointer_to,
     wide_vectors,
 )
-from fastseg_kernels.views import View
+from fastseg_kernels.views import Layout
 
 STAGE = 2048
 """Voxels brought into buffers at a time: all of them together are under 100 KB of stack."""
@@ -61,13 +61,12 @@ F32, F64 = DTYPE_CODES["float32"], DTYPE_CODES["float64"]
 FIRST_FLOAT = F16
 
 
-def fill_operand(record: Any, view: View, strides: tuple[int, ...]) -> None:
-    """Write ``view`` (N, C, *spatial) with its merged spatial ``strides`` into a job's operand."""
-    record["address"] = view.address
-    record["code"] = DTYPE_CODES[view.dtype]
-    record["item_size"] = ITEM_SIZES[view.dtype]
-    record["swapped"] = view.swapped
-    record["stride_n"], record["stride_c"] = view.strides[:2]
+def fill_operand(record: Any, layout: Layout, strides: tuple[int, ...]) -> None:
+    """Write ``layout`` (N, C, *spatial) with its merged spatial ``strides`` into an operand."""
+    record["code"] = DTYPE_CODES[layout.dtype]
+    record["item_size"] = ITEM_SIZES[layout.dtype]
+    record["swapped"] = layout.swapped
+    record["stride_n"], record["stride_c"] = layout.strides[:2]
     record["strides"][: len(strides)] = strides
 
 
@@ -352,6 +351,8 @@ def make_store_reals(real: Real) -> Any:
 
 _widen_to_double = make_load_reals(Real(np.float64, np.int64, 52, 1023, 0.0, (), 0))
 _EXACT_INTEGERS = 2.0**53
+NO_LABEL = -(2**63)
+"""Stands for 0.5, NaN and the like: no class, and nothing that one would ignore."""
 _int64_from = {
     dtype: _make_widen(dtype, np.int64)
     for dtype in (np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.int64)
@@ -383,7 +384,7 @@ def _load_integers(source, code, count, out):  # type: ignore[no-untyped-def]
 
 @function
 def load_labels(source, code, count, out):  # type: ignore[no-untyped-def]
-    """Widen labels of any dtype to int64; what is not an integer (0.5, NaN) becomes -1."""
+    """Widen labels of any dtype to int64; what is not an integer becomes `NO_LABEL`."""
     if code < FIRST_FLOAT:
         _load_integers(source, code, count, out)
         return
@@ -392,8 +393,8 @@ def load_labels(source, code, count, out):  # type: ignore[no-untyped-def]
     for i in range(count):
         value = values[i]
         whole = abs(value) < _EXACT_INTEGERS
-        label = np.int64(value) if whole else np.int64(-1)
-        out[i] = label if whole and np.float64(label) == value else np.int64(-1)
+        label = np.int64(value) if whole else np.int64(NO_LABEL)
+        out[i] = label if whole and np.float64(label) == value else np.int64(NO_LABEL)
 
 
 @function

@@ -37,12 +37,13 @@ from fastseg_kernels.cpu.intrinsics import (
     wide_vectors,
 )
 from fastseg_kernels.cpu.operands import SCRATCH_WORDS, STAGE, voxel_address
-from fastseg_kernels.cpu.points import Variant, make_point
+from fastseg_kernels.cpu.points import Variant, make_point, no_voxels
 from fastseg_kernels.cpu.stage import EXCLUDED_INPUT, JOB, LOAD_REQUEST
 
-GROUP = 8
-LANES = 32
+GROUP = 16
+LANES = 16
 TILE = GROUP * LANES
+BYTES = TILE // 4
 SHORTEST_BLOCK = 8192
 """Voxels of a block: large enough that its float64 epilogue (5 sums of 32 lanes) is below 1%."""
 MOST_BLOCKS = 256
@@ -65,52 +66,69 @@ def _make_tile_sums(variant: Variant) -> Any:
     real = REALS[variant.real]
     T, I = real.scalar, real.integer  # noqa: E741
     point = make_point(variant, real)
-    add, log_sum = point.add, point.log_sum
+    add, join, log_sum = point.add, point.join, point.log_sum
     binary, weighted = variant.targets == "binary", variant.targets == "weighted"
     counted = binary and variant.activation == "sigmoid"  # targets are added up as integers
-    TargetSum = I if counted else T
     names = columns(variant.families)
     at = {name: names.index(name) if name in names else -1 for name in _ALL_COLUMNS}
     at_target = at["targets_sum"]
-    at_missed, at_false_alarm = at["false_negative_sum"], at["false_positive_sum"]
+    at_inner, at_missed = at["true_positive_sum"], at["false_negative_sum"]
+    at_false_alarm = at["false_positive_sum"]
     at_bce, at_pos, at_neg = at["bce_sum"], at["bce_pos_sum"], at["bce_neg_sum"]
     at_hits, at_undefined = at["hard_true_positives"], at["undefined"]
     at_over, at_under = at["hard_false_positives"], at["hard_false_negatives"]
     overlap, hard, split = at_missed >= 0, at_hits >= 0, at_pos >= 0
     bce = split or at_bce >= 0
     zero, nothing = T(0), I(0)
+    none = no_voxels(real)
 
     @inlined
     def at_voxel(x, p, w, i, threshold, sums):  # type: ignore[no-untyped-def]
         return add(x[i], p[i], w[i] if weighted else zero, threshold, sums)
+
+    @inlined
+    def count_tile(p, start, group, label_sums, label_bits):  # type: ignore[no-untyped-def]
+        """Add labels of one byte up, four at a time; invalid ones set a bit beyond the first."""
+        for j in range(BYTES):
+            i = start + j
+            a, b = np.uint8(p[i] + p[i + BYTES]), np.uint8(p[i + 2 * BYTES] + p[i + 3 * BYTES])
+            group[j] = np.uint8(a + b)
+            c, d = np.uint8(p[i] | p[i + BYTES]), np.uint8(p[i + 2 * BYTES] | p[i + 3 * BYTES])
+            label_bits[j] = np.uint8(label_bits[j] | np.uint8(c | d))
+        for j in range(BYTES):
+            label_sums[j] = np.int32(label_sums[j] + np.int32(group[j]))
 
     @function
     def tile_sums(x, p, w, tiles, threshold, out):  # type: ignore[no-untyped-def]
         """Add ``tiles`` tiles to ``out``; return not 0 if a target or prediction is invalid."""
         wide_vectors()
         group_pos, group_neg = stack_array(LANES, T), stack_array(LANES, T)
-        group_missed, group_false = stack_array(LANES, T), stack_array(LANES, T)
-        group_target = stack_array(LANES, TargetSum)
+        group_inner, group_missed = stack_array(LANES, T), stack_array(LANES, T)
+        group_false, group_target = stack_array(LANES, T), stack_array(LANES, T)
         group_hits, group_over = stack_array(LANES, I), stack_array(LANES, I)
         group_true, group_undefined = stack_array(LANES, I), stack_array(LANES, I)
         all_bad = stack_array(LANES, I)
+        group_label = stack_array(BYTES, np.uint8)
+        label_sums, label_bits = stack_array(BYTES, np.int32), stack_array(BYTES, np.uint8)
         lane_pos, lane_neg = stack_array(LANES, np.float64), stack_array(LANES, np.float64)
-        lane_missed, lane_false = stack_array(LANES, np.float64), stack_array(LANES, np.float64)
-        lane_target = stack_array(LANES, np.float64)
+        lane_inner, lane_missed = stack_array(LANES, np.float64), stack_array(LANES, np.float64)
+        lane_false, lane_target = stack_array(LANES, np.float64), stack_array(LANES, np.float64)
         lane_hits, lane_over = stack_array(LANES, np.int64), stack_array(LANES, np.int64)
         lane_true, lane_undefined = stack_array(LANES, np.int64), stack_array(LANES, np.int64)
+        for j in range(BYTES):
+            label_sums[j], label_bits[j] = np.int32(0), np.uint8(0)
         for j in range(LANES):
-            lane_pos[j] = lane_neg[j] = lane_missed[j] = lane_false[j] = lane_target[j] = 0.0
+            lane_pos[j] = lane_neg[j] = lane_inner[j] = lane_missed[j] = 0.0
+            lane_false[j] = lane_target[j] = 0.0
             lane_hits[j] = lane_over[j] = lane_true[j] = lane_undefined[j] = 0
             all_bad[j] = nothing
         for tile in range(tiles):
             start = tile * TILE
             for j in range(LANES):  # vectorised: one lane each
+                # Unrolled by hand: only then does LLVM vectorise over the lanes. Two chains of
+                # eight additions round less than one of sixteen.
                 i = start + j
-                sums = (zero, zero, zero, zero, zero, zero, TargetSum(0),
-                        nothing, nothing, nothing, nothing, nothing)  # fmt: skip
-                # Unrolled by hand: only then does LLVM vectorise over the lanes.
-                sums = at_voxel(x, p, w, i, threshold, sums)
+                sums = at_voxel(x, p, w, i, threshold, none)
                 sums = at_voxel(x, p, w, i + LANES, threshold, sums)
                 sums = at_voxel(x, p, w, i + 2 * LANES, threshold, sums)
                 sums = at_voxel(x, p, w, i + 3 * LANES, threshold, sums)
@@ -118,28 +136,44 @@ def _make_tile_sums(variant: Variant) -> Any:
                 sums = at_voxel(x, p, w, i + 5 * LANES, threshold, sums)
                 sums = at_voxel(x, p, w, i + 6 * LANES, threshold, sums)
                 sums = at_voxel(x, p, w, i + 7 * LANES, threshold, sums)
+                i += 8 * LANES
+                more = at_voxel(x, p, w, i, threshold, none)
+                more = at_voxel(x, p, w, i + LANES, threshold, more)
+                more = at_voxel(x, p, w, i + 2 * LANES, threshold, more)
+                more = at_voxel(x, p, w, i + 3 * LANES, threshold, more)
+                more = at_voxel(x, p, w, i + 4 * LANES, threshold, more)
+                more = at_voxel(x, p, w, i + 5 * LANES, threshold, more)
+                more = at_voxel(x, p, w, i + 6 * LANES, threshold, more)
+                more = at_voxel(x, p, w, i + 7 * LANES, threshold, more)
+                sums = join(sums, more)
                 if bce:
-                    group_pos[j] = log_sum(sums[0], sums[1])
+                    group_pos[j] = log_sum(sums.product_pos, sums.bce_pos)
                 if split:
-                    group_neg[j] = log_sum(sums[2], sums[3])
+                    group_neg[j] = log_sum(sums.product_neg, sums.bce_neg)
                 if overlap:
-                    group_missed[j], group_false[j] = sums[4], sums[5]
-                group_target[j] = sums[6]
+                    group_inner[j], group_missed[j] = sums.inner, sums.missed
+                    group_false[j] = sums.false_alarm
                 if hard:
-                    group_hits[j], group_over[j] = sums[7], sums[8]
-                    group_undefined[j] = sums[10]
-                    if not counted:
-                        group_true[j] = sums[9]
-                all_bad[j] = I(all_bad[j] | sums[11])
+                    group_hits[j], group_over[j] = sums.hits, sums.predicted
+                    group_undefined[j] = sums.undefined
+                if not counted:
+                    group_target[j] = sums.target
+                    all_bad[j] = I(all_bad[j] | sums.bad)
+                    if hard:
+                        group_true[j] = sums.true
+            if counted:
+                count_tile(p, start, group_label, label_sums, label_bits)
             for j in range(LANES):  # apart, or LLVM would vectorise all of it by float64's width
                 if bce:
                     lane_pos[j] += np.float64(group_pos[j])
                 if split:
                     lane_neg[j] += np.float64(group_neg[j])
                 if overlap:
+                    lane_inner[j] += np.float64(group_inner[j])
                     lane_missed[j] += np.float64(group_missed[j])
                     lane_false[j] += np.float64(group_false[j])
-                lane_target[j] += np.float64(group_target[j])
+                if not counted:
+                    lane_target[j] += np.float64(group_target[j])
                 if hard:
                     lane_hits[j] += np.int64(group_hits[j])
                     lane_over[j] += np.int64(group_over[j])
@@ -147,6 +181,10 @@ def _make_tile_sums(variant: Variant) -> Any:
                     if not counted:
                         lane_true[j] += np.int64(group_true[j])
         bad = nothing
+        if counted:
+            for j in range(BYTES):
+                lane_target[j % LANES] += np.float64(label_sums[j])
+                bad = I(bad | I(label_bits[j] >> np.uint8(1)))
         for j in range(LANES):
             bad = I(bad | all_bad[j])
             out[at_target] += lane_target[j]
@@ -156,6 +194,7 @@ def _make_tile_sums(variant: Variant) -> Any:
             elif bce:
                 out[at_bce] += lane_pos[j]
             if overlap:
+                out[at_inner] += lane_inner[j]
                 out[at_missed] += lane_missed[j]
                 out[at_false_alarm] += lane_false[j]
             if hard:
@@ -210,6 +249,7 @@ def statistics_kernel(variant: Variant) -> Kernel:
     T = REALS[variant.real].scalar
     Target = np.uint8 if variant.targets == "binary" else T
     width = len(columns(variant.families))
+    probs, smallest = variant.activation == "probs", np.finfo(T).smallest_subnormal
     tile_sums, direct_tail = _make_tile_sums(variant), _make_direct_tail(variant)
     count_invalid = _make_count_invalid(variant)
 
@@ -221,7 +261,8 @@ def statistics_kernel(variant: Variant) -> Kernel:
         ask = carray(ask_pointer, 1)[0]
         ask.x, ask.p, ask.w = address_of(x), address_of(p), address_of(w)
         ask.excluded, ask.scratch = address_of(excluded), address_of(scratch)
-        threshold = T(job.threshold)
+        # Padding is probability 0, and must not reach a threshold that is 0 as a float32.
+        threshold = max(T(job.threshold), smallest) if probs else T(job.threshold)
         groups = job.classes // job.inner_classes
         for task in range(first, last):
             row, block = task // job.blocks, task % job.blocks
@@ -283,15 +324,14 @@ def gradient_kernel(variant: Variant) -> Kernel:
     @function
     def slopes(x, p, w, count, coefficients, out):  # type: ignore[no-untyped-def]
         wide_vectors()
-        a, b = T(coefficients[0]), T(coefficients[1])
-        c, d = T(coefficients[2]), T(coefficients[3])
+        a, b, c, d = coefficients[0], coefficients[1], coefficients[2], coefficients[3]
         for i in range(count):
             out[i] = slope(x[i], p[i], w[i] if weighted else zero, a, b, c, d)
 
     def gradient(job_address, first, last):  # type: ignore[no-untyped-def]
         job = carray(pointer_to(job_address, JOB), 1)[0]
         x, p, w = stack_array(STAGE, T), stack_array(STAGE, Target), stack_array(STAGE, T)
-        g = stack_array(STAGE, T)
+        g, k = stack_array(STAGE, T), stack_array(COEFFICIENTS, T)
         excluded, scratch = stack_array(STAGE, np.uint8), stack_array(SCRATCH_WORDS, np.int64)
         ask_pointer = stack_array(1, LOAD_REQUEST)
         ask = carray(ask_pointer, 1)[0]
@@ -305,9 +345,11 @@ def gradient_kernel(variant: Variant) -> Kernel:
             while voxel < end:
                 count = min(STAGE, end - voxel)
                 for c in range(first_class, first_class + job.inner_classes):
-                    k = pointer_to(
+                    exact = pointer_to(
                         job.coefficients + 8 * COEFFICIENTS * (n * job.classes + c), np.float64
                     )
+                    for i in range(COEFFICIENTS):
+                        k[i] = T(exact[i])
                     g_here = g
                     if job.in_place != 0:
                         g_here = pointer_to(voxel_address(job.out, n, c, voxel), T)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ctypes import addressof, c_char
-from functools import cache, lru_cache
+from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastseg_kernels.constants import (
-    COEFFICIENTS,
     FLOAT_DTYPES,
     ITEM_SIZES,
     MAX_DIMS,
@@ -24,21 +23,24 @@ from fastseg_kernels.cpu.operands import fill_operand
 from fastseg_kernels.cpu.overlap import block_length, gradient_kernel, statistics_kernel
 from fastseg_kernels.cpu.points import Variant
 from fastseg_kernels.cpu.stage import EXCLUDED_INPUT, JOB, load_kernel, store_kernel
-from fastseg_kernels.problem import Problem
-from fastseg_kernels.views import Geometry, View, merge_axes
+from fastseg_kernels.problem import Arrangement, Problem
+from fastseg_kernels.views import Geometry, Layout, View, merge_axes
 
 SHARED_FROM = 16384
 """Voxels from which a second thread pays for itself: 5 us of work, against 2 us to wake it."""
 
 
 class _Plan(NamedTuple):
-    """What of a call depends on shapes, strides and dtypes alone."""
+    """What of a call depends on its arrangement alone."""
 
     words: NDArray[np.int64]  # one job record, all but addresses and values filled in
     variant: Variant
     tasks: int
     blocks: int
     share: bool  # large enough for more than one thread
+    kernels: dict[frozenset[str], tuple[Kernel, tuple[int, ...]]]  # statistics; shape of sums
+    gradient: Kernel | None  # where there is an output
+    free: list[tuple[NDArray[np.int64], int]]  # jobs, with their addresses, that no call uses now
 
 
 def _word(*path: str) -> int:
@@ -54,29 +56,21 @@ def _word(*path: str) -> int:
 # A call sets a few words of a flat copy: copying a nested record costs 16 us, this 0.3.
 OPERANDS = ("logits", "targets", "mask", "weights", "out")
 ADDRESSES = tuple(_word(name, "address") for name in OPERANDS)
-LOAD, STORE, DIRECT, IN_PLACE, SUMS, COEFFICIENT_TABLE = (
-    _word(name) for name in ("load", "store", "direct", "in_place", "sums", "coefficients")
-)
-THRESHOLD, IGNORE_LABEL, IGNORE_REAL, POSITIVE_LABEL, POSITIVE_REAL = (
-    _word(name)
-    for name in ("threshold", "ignore_label", "ignore_real", "positive_label", "positive_real")
+STORE, IN_PLACE, SUMS, COEFFICIENT_TABLE = (
+    _word(name) for name in ("store", "in_place", "sums", "coefficients")
 )
 
 
-def compute_type(dtype: str) -> str:
-    """Return the type that logits of ``dtype`` are computed in."""
-    return "float64" if dtype == "float64" else "float32"
-
-
-def _is_run(geometry: Geometry, k: int, dtype: str, swapped: bool) -> bool:
+def _is_run(geometry: Geometry, k: int, layout: Layout) -> bool:
     """Tell whether operand ``k``'s rows are runs of memory in native byte order."""
-    one_run = len(geometry.sizes) == 1 and geometry.strides[k][0] == ITEM_SIZES[dtype]
-    return not swapped and (one_run or geometry.sizes == (1,))
+    one_run = len(geometry.sizes) == 1 and geometry.strides[k][0] == ITEM_SIZES[layout.dtype]
+    return not layout.swapped and (one_run or geometry.sizes == (1,))
 
 
-def fill_geometry(record: Any, shape: tuple[int, ...], views: dict[str, View]) -> Geometry:
-    """Write ``views`` (N, C, *spatial), by their names in the job, with merged spatial axes."""
-    geometry = merge_axes(shape[2:], tuple(view.strides[2:] for view in views.values()))
+def fill_geometry(record: Any, layouts: dict[str, Layout]) -> Geometry:
+    """Write ``layouts`` (N, C, *spatial), by their names in the job, with merged spatial axes."""
+    sizes = next(iter(layouts.values())).shape[2:]
+    geometry = merge_axes(sizes, tuple(layout.strides[2:] for layout in layouts.values()))
     if len(geometry.sizes) > MAX_DIMS:
         raise ValueError(
             f"at most {MAX_DIMS} spatial axes that do not lie next to each other in memory are "
@@ -84,84 +78,82 @@ def fill_geometry(record: Any, shape: tuple[int, ...], views: dict[str, View]) -
         )
     record["ndim"] = len(geometry.sizes)
     record["sizes"][: len(geometry.sizes)] = geometry.sizes
-    for (name, view), strides in zip(views.items(), geometry.strides, strict=True):
-        fill_operand(record[name], view, strides)
+    for (name, layout), strides in zip(layouts.items(), geometry.strides, strict=True):
+        fill_operand(record[name], layout, strides)
     return geometry
 
 
-@lru_cache(maxsize=256)
-def _plan(
-    shape: tuple[int, ...],
-    layouts: tuple[tuple[Any, ...] | None, ...],  # logits, targets, mask, weights, out
-    activation: str,
-    target_mode: int,
-    has_ignore: bool,
-) -> _Plan:
-    logits, targets, mask, weights, out = layouts
-    assert logits is not None and targets is not None
-    real = compute_type(logits[1])
-    labelled = targets[1] not in FLOAT_DTYPES or target_mode != TARGETS_AS_STORED
-    kind = "weighted" if weights is not None else ("binary" if labelled else "soft")
+@lru_cache(maxsize=1024)
+def _plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
+    logits, targets, shape = arrangement.logits, arrangement.targets, arrangement.shape
+    real = arrangement.real
+    as_stored = arrangement.target_mode == TARGETS_AS_STORED
+    labelled = targets.dtype not in FLOAT_DTYPES or not as_stored
+    weighted, has_ignore = arrangement.weights is not None, arrangement.ignore_index is not None
+    kind = "weighted" if weighted else ("binary" if labelled else "soft")
 
     job = np.zeros(1, JOB)
     record = job[0]
-    views = {
-        name: View(0, shape, layout[0], layout[1], layout[2], True, None)
-        for name, layout in zip(OPERANDS, layouts, strict=True)
+    layouts = {
+        name: layout
+        for name, layout in zip(OPERANDS, (*arrangement.layouts, out), strict=True)
         if layout is not None
     }
-    geometry = fill_geometry(record, shape, views)
+    geometry = fill_geometry(record, layouts)
     voxels = prod(shape[2:])
-    interleaved = shape[1] > 1 and 0 < abs(logits[0][1]) < abs(geometry.strides[0][-1])
+    interleaved = shape[1] > 1 and 0 < abs(logits.strides[1]) < abs(geometry.strides[0][-1])
     record["classes"], record["voxels"] = shape[1], voxels
     record["block"] = block_length(voxels)
     record["blocks"] = -(-voxels // block_length(voxels))
     record["inner_classes"] = shape[1] if interleaved else 1
     wanted = ("bool", "uint8") if kind == "binary" else (real,)
     record["direct"] = (
-        kind != "weighted"
-        and mask is None
+        not weighted
+        and arrangement.mask is None
         and not has_ignore
-        and logits[1] == real
-        and targets[1] in wanted
-        and target_mode == TARGETS_AS_STORED
-        and _is_run(geometry, 0, logits[1], logits[2])
-        and _is_run(geometry, 1, targets[1], targets[2])
+        and logits.dtype == real
+        and targets.dtype in wanted
+        and as_stored
+        and _is_run(geometry, 0, logits)
+        and _is_run(geometry, 1, targets)
         and not interleaved
     )
-    record["labelled"], record["target_mode"] = labelled, target_mode
+    record["labelled"], record["target_mode"] = labelled, arrangement.target_mode
     record["has_ignore"] = has_ignore
-    record["excluded_input"] = EXCLUDED_INPUT[activation]
+    record["ignore_label"] = record["ignore_real"] = arrangement.ignore_index or 0
+    record["positive_label"] = record["positive_real"] = arrangement.positive
+    record["threshold"] = arrangement.threshold
+    record["excluded_input"] = EXCLUDED_INPUT[arrangement.activation]
+    if not record["direct"]:
+        record["load"] = load_kernel(real, kind == "binary").address
     if out is not None:
-        record["in_place"] = out[1] == real and _is_run(geometry, len(views) - 1, out[1], out[2])
+        in_place = out.dtype == real and _is_run(geometry, len(layouts) - 1, out)
+        record["in_place"] = in_place
+        if not in_place:
+            record["store"] = store_kernel(real).address
     groups = shape[1] // int(record["inner_classes"]) if shape[1] else 0
     blocks = int(record["blocks"])
     tasks = shape[0] * groups * blocks
-    words = job.view(np.int64)
-    return _Plan(words, Variant(real, kind, activation), tasks, blocks, prod(shape) >= SHARED_FROM)
+    variant = Variant(real, kind, arrangement.activation)
+    kernel = None if out is None else gradient_kernel(variant)
+    share = prod(shape) >= SHARED_FROM
+    return _Plan(job.view(np.int64), variant, tasks, blocks, share, {}, kernel, [])
 
 
-def _prepare(problem: Problem, out: View | None) -> tuple[_Plan, NDArray[np.int64]]:
-    """Return the plan of a call and a job with the addresses filled in."""
-    operands = (problem.logits, problem.targets, problem.mask, problem.weights, out)
-    plan = _plan(
-        problem.logits.shape,
-        tuple([None if v is None else (v.strides, v.dtype, v.swapped) for v in operands]),
-        problem.activation,
-        problem.target_mode,
-        problem.ignore_index is not None,
-    )
-    words = plan.words.copy()
-    for word, view in zip(ADDRESSES, operands, strict=True):
-        if view is not None:
-            words[word] = view.address
-    if not words[DIRECT]:
-        reals = words.view(np.float64)
-        if problem.ignore_index is not None:
-            words[IGNORE_LABEL] = reals[IGNORE_REAL] = problem.ignore_index
-        words[POSITIVE_LABEL] = reals[POSITIVE_REAL] = problem.positive
-        words[LOAD] = load_kernel(plan.variant.real, plan.variant.targets == "binary").address
-    return plan, words
+def _take_job(plan: _Plan, addresses: tuple[int, ...]) -> tuple[NDArray[np.int64], int]:
+    """Return a job of the plan and its address, with the operands' addresses filled in.
+
+    The caller gives it back to ``plan.free``. Making one takes a microsecond, as much as a small
+    kernel. Taking and giving are single steps, so that threads may share a plan.
+    """
+    try:
+        words, address = plan.free.pop()
+    except IndexError:
+        words = plan.words.copy()
+        address = _address(words)
+    for word, operand in zip(ADDRESSES, addresses, strict=False):
+        words[word] = operand
+    return words, address
 
 
 def _address(array: Any) -> int:
@@ -169,25 +161,24 @@ def _address(array: Any) -> int:
     return array.ctypes.data if array.size == 0 else addressof(c_char.from_buffer(array))
 
 
-@cache
-def _with_families(variant: Variant, families: frozenset[str]) -> tuple[Kernel, int]:
-    """Return the kernel of a variant with families, and how many columns it fills."""
-    kernel = statistics_kernel(variant._replace(families=families))
-    return kernel, len(columns(families))
-
-
 def statistics(problem: Problem, families: frozenset[str]) -> NDArray[np.float64]:
     """Return the sums of every row, float64 (N, C, K), columns as `constants.columns` names them.
 
     One read of every operand; nothing of the volume's size is allocated.
     """
-    plan, words = _prepare(problem, None)
-    kernel, width = _with_families(plan.variant, families)
-    partial = np.empty((*problem.logits.shape[:2], plan.blocks, width))
+    arrangement = problem.arrangement
+    plan = _plan(arrangement, None)
+    if families not in plan.kernels:
+        kernel = statistics_kernel(plan.variant._replace(families=families))
+        shape = (*arrangement.shape[:2], plan.blocks, len(columns(families)))
+        plan.kernels[families] = kernel, shape
+    kernel, shape = plan.kernels[families]
+    job = _take_job(plan, problem.addresses)
+    words, address = job
+    partial = np.empty(shape)
     words[SUMS] = _address(partial)
-    if problem.threshold != 0.0:
-        words.view(np.float64)[THRESHOLD] = problem.threshold
-    threads.run(kernel, _address(words), plan.tasks, plan.share)
+    threads.run(kernel, address, plan.tasks, plan.share)
+    plan.free.append(job)
     if plan.blocks == 1:
         return partial[:, :, 0]
     total: NDArray[np.float64] = partial.sum(axis=2)
@@ -197,14 +188,19 @@ def statistics(problem: Problem, families: frozenset[str]) -> NDArray[np.float64
 def gradient(problem: Problem, coefficients: NDArray[np.float64], out: View) -> None:
     """Write dL/dlogits (or dL/dprobs) to ``out`` from the coefficients of every row (N, C, 4).
 
-    One read of every operand and one write. ``out`` may be the logits themselves.
+    ``coefficients`` are C-contiguous. One read of every operand and one write; ``out`` may be the
+    logits themselves.
     """
-    plan, words = _prepare(problem, out)
-    assert coefficients.shape == (*problem.logits.shape[:2], COEFFICIENTS)
-    coefficients = np.ascontiguousarray(coefficients)
+    plan = _plan(problem.arrangement, out.layout)
+    kernel = plan.gradient
+    assert kernel is not None
+    job = _take_job(plan, (*problem.addresses, out.address))
+    words, address = job
     words[COEFFICIENT_TABLE] = _address(coefficients)
-    if out.address == problem.logits.address:
-        words[IN_PLACE] = 0  # LLVM's check for overlap would send the loop down its scalar path
-    if not words[IN_PLACE]:
-        words[STORE] = store_kernel(plan.variant.real).address
-    threads.run(gradient_kernel(plan.variant), _address(words), plan.tasks, plan.share)
+    over_itself = out.address == problem.addresses[0] and words[IN_PLACE] != 0
+    if over_itself:  # LLVM's check for overlap would send the loop down its scalar path
+        words[IN_PLACE], words[STORE] = 0, store_kernel(plan.variant.real).address
+    threads.run(kernel, address, plan.tasks, plan.share)
+    if over_itself:
+        words[IN_PLACE] = 1
+    plan.free.append(job)

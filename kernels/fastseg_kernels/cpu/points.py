@@ -8,8 +8,9 @@ and two of predictions (``sigmoid``: logits; ``probs``: probabilities) make four
 
 With e = exp(-|x|), sigma(|x|) = 1 / (1 + e) and sigma(-|x|) = e / (1 + e), so that the mass on the
 wrong side, p (1 - q) or (1 - p) q, is always formed from e and keeps its relative accuracy when
-the network is right and sure (1 - q from a rounded q would not). q (1 - q) is u - u^2 with
-u = sigma(-|x|), rounded once: u (1 - u) as a product of two rounded factors missed 4 ulp.
+the network is right and sure (1 - q from a rounded q would not). Gradients take u = sigma(-|x|) as
+e - e (e / (1 + e)), which hardly feels the rounding of 1 + e and of the quotient, and q (1 - q) as
+u - u^2, rounded once; without either they missed 4 ulp.
 
 The voxel's BCE is softplus(z) = max(z, 0) + log(1 + e), z being x with its sign turned where p = 1.
 Eight voxels share one logarithm: ``product`` carries (1 + e1)(1 + e2)... - 1 as s + e + s e, which
@@ -30,7 +31,7 @@ import numpy as np
 
 from fastseg_kernels.cpu.compiled import inlined
 from fastseg_kernels.cpu.elementary import Real, make_exp_negative, make_log, make_log1p
-from fastseg_kernels.cpu.intrinsics import bits_of, fma, from_bits
+from fastseg_kernels.cpu.intrinsics import fma
 
 
 class Variant(NamedTuple):
@@ -50,18 +51,37 @@ class Point(NamedTuple):
     """The point functions of one variant; ``add`` returns the tuple of sums it was given."""
 
     add: Any
+    join: Any  # join(sums, sums) -> the sums of both
     log_sum: Any  # log_sum(product, direct) -> the BCE that the sums hold
     slope: Any
 
 
-# The sums of one lane, in the order in which ``add`` takes and returns them:
-#   product_pos, bce_pos   BCE of foreground voxels (of all voxels, unless "bce_split")
-#   product_neg, bce_neg   BCE of background voxels
-#   missed, false_alarm    sum p (1 - q), sum (1 - p) q
-#   target                 sum p
-#   hits, predicted, true  voxels with p and q over the threshold; with q; with p
-#   undefined              predictions that are NaN
-#   bad                    not zero: there is an invalid target or prediction to be counted
+class Sums(NamedTuple):
+    """The sums of one lane; ``add`` returns them with one voxel more.
+
+    What a variant does not ask for stays as it was, and the compiler leaves it out.
+    """
+
+    product_pos: Any  # BCE of foreground voxels (of all voxels, unless "bce_split") is
+    bce_pos: Any  # bce_pos + log(1 + product_pos)
+    product_neg: Any  # and likewise of background voxels
+    bce_neg: Any
+    inner: Any  # sum p q
+    missed: Any  # sum p (1 - q)
+    false_alarm: Any  # sum (1 - p) q
+    target: Any  # sum p
+    hits: Any  # voxels with q over the threshold and p
+    predicted: Any  # with q over the threshold
+    true: Any  # with p
+    undefined: Any  # predictions that are NaN
+    bad: Any  # not zero: there is an invalid target or prediction to be counted
+
+
+def no_voxels(real: Real) -> Sums:
+    """Return the sums over nothing."""
+    return Sums(*(real.scalar(0),) * 8, *(real.integer(0),) * 5)
+
+
 def make_point(variant: Variant, real: Real) -> Point:
     """Build the point functions of ``variant``."""
     if variant.activation == "probs":
@@ -81,10 +101,33 @@ def _log_sum(real: Real) -> Any:
     return log_sum
 
 
+def _join(real: Real) -> Any:
+    I = real.integer  # noqa: E741
+
+    @inlined
+    def join(a, b):  # type: ignore[no-untyped-def]
+        return Sums(
+            fma(a.product_pos, b.product_pos, a.product_pos + b.product_pos),
+            a.bce_pos + b.bce_pos,
+            fma(a.product_neg, b.product_neg, a.product_neg + b.product_neg),
+            a.bce_neg + b.bce_neg,
+            a.inner + b.inner,
+            a.missed + b.missed,
+            a.false_alarm + b.false_alarm,
+            a.target + b.target,
+            I(a.hits + b.hits),
+            I(a.predicted + b.predicted),
+            I(a.true + b.true),
+            I(a.undefined + b.undefined),
+            I(a.bad | b.bad),
+        )
+
+    return join
+
+
 def _binary_point(variant: Variant, real: Real) -> Point:
     T, I = real.scalar, real.integer  # noqa: E741
-    zero, one, nothing, unit = T(0), T(1), I(0), I(1)
-    sign_shift = I(8 * np.dtype(T).itemsize - 1)
+    zero, one, nothing, unit, background = T(0), T(1), I(0), I(1), np.uint8(0)
     exp_negative = make_exp_negative(real)
     bce = bool({"bce", "bce_split"} & variant.families)
     split = "bce_split" in variant.families
@@ -92,19 +135,22 @@ def _binary_point(variant: Variant, real: Real) -> Point:
 
     @inlined
     def add(x, p, w, threshold, sums):  # type: ignore[no-untyped-def]
-        (product_pos, bce_pos, product_neg, bce_neg, missed, false_alarm, target,
+        (product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, target,
          hits, predicted, true, undefined, bad) = sums  # fmt: skip
-        label = I(p)
-        is_target = label != nothing
-        e = exp_negative(abs(x))
-        z = from_bits(I(bits_of(x) ^ I(label << sign_shift)))  # positive: on the wrong side
+        is_target = p != background
+        size = abs(x)
+        e = exp_negative(size)
+        on_wrong_side = (x >= zero) != is_target
         if overlap:
-            r = one / (one + e)
-            wrong = r if z >= zero else e * r
+            large = one / (one + e)
+            small = e * large
+            wrong = large if on_wrong_side else small
+            right = small if on_wrong_side else large
+            inner += right if is_target else zero
             missed += wrong if is_target else zero
             false_alarm += zero if is_target else wrong
         if bce:
-            excess = z if z > zero else zero
+            excess = size if on_wrong_side else zero
             if split:
                 e_pos = e if is_target else zero
                 e_neg = zero if is_target else e
@@ -118,27 +164,23 @@ def _binary_point(variant: Variant, real: Real) -> Point:
         if hard:
             over = x >= threshold
             predicted = I(predicted + (unit if over else nothing))
-            hits = I(hits + (label if over else nothing))
+            hits = I(hits + (unit if over & is_target else nothing))
             undefined = I(undefined + (unit if x != x else nothing))
-        target = I(target + label)
-        bad = I(bad | I(label >> unit))
-        return (product_pos, bce_pos, product_neg, bce_neg, missed, false_alarm, target,
-                hits, predicted, true, undefined, bad)  # fmt: skip
+        return Sums(product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, target,
+                    hits, predicted, true, undefined, bad)  # fmt: skip
 
     @inlined
     def slope(x, p, w, on_target, off_target, bce_target, bce_other):  # type: ignore[no-untyped-def]
-        label = I(p)
-        is_target = label != nothing
+        is_target = p != background
         e = exp_negative(abs(x))
-        r = one / (one + e)
-        small = e * r
-        z = from_bits(I(bits_of(x) ^ I(label << sign_shift)))
-        wrong = r if z >= zero else small
+        large = one / (one + e)
+        small = fma(-e, e * large, e)
+        wrong = large if (x >= zero) != is_target else small
         region = on_target if is_target else off_target
         bce_weight = -bce_target if is_target else bce_other
         return fma(bce_weight, wrong, region * fma(-small, small, small))
 
-    return Point(add, _log_sum(real), slope)
+    return Point(add, _join(real), _log_sum(real), slope)
 
 
 def _soft_point(variant: Variant, real: Real) -> Point:
@@ -152,23 +194,28 @@ def _soft_point(variant: Variant, real: Real) -> Point:
 
     @inlined
     def add(x, p, w, threshold, sums):  # type: ignore[no-untyped-def]
-        (product_pos, bce_pos, product_neg, bce_neg, missed, false_alarm, target,
+        (product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, target,
          hits, predicted, true, undefined, bad) = sums  # fmt: skip
         weight = w if weighted else one
         other = one - p
-        e = exp_negative(abs(x))
+        over, undefined_here = x >= threshold, x != x
+        if weighted:
+            x = x if w != zero else zero  # weight 0 leaves out whatever is stored there
         size = abs(x)
+        e = exp_negative(size)
         if overlap:
-            r = one / (one + e)
-            small = e * r
-            missed += weight * p * (small if x >= zero else r)
-            false_alarm += weight * other * (r if x >= zero else small)
+            large = one / (one + e)
+            small = e * large
+            q, rest = (large, small) if x >= zero else (small, large)
+            inner += weight * p * q
+            missed += weight * p * rest
+            false_alarm += weight * other * q
         if split:
-            rest = log1p(e)
+            log_rest = log1p(e)
             excess_pos = size if x < zero and p != zero else zero  # 0 * inf is 0 here, not NaN
             excess_neg = size if x > zero and other != zero else zero
-            bce_pos += weight * p * (excess_pos + rest)
-            bce_neg += weight * other * (excess_neg + rest)
+            bce_pos += weight * p * (excess_pos + log_rest)
+            bce_neg += weight * other * (excess_neg + log_rest)
         elif bce:
             share = other if x > zero else p
             excess = size * share if share != zero else zero
@@ -178,28 +225,30 @@ def _soft_point(variant: Variant, real: Real) -> Point:
                 product_pos = fma(product_pos, e, product_pos + e)
                 bce_pos += excess
         if hard:
-            over, is_target = x >= threshold, p >= half
+            is_target = p >= half
             predicted = I(predicted + (unit if over else nothing))
             true = I(true + (unit if is_target else nothing))
             hits = I(hits + (unit if over and is_target else nothing))
-            undefined = I(undefined + (unit if x != x else nothing))
+            undefined = I(undefined + (unit if undefined_here else nothing))
         target += weight * p
         bad = I(bad | (nothing if zero <= p <= one else unit))
-        return (product_pos, bce_pos, product_neg, bce_neg, missed, false_alarm, target,
-                hits, predicted, true, undefined, bad)  # fmt: skip
+        return Sums(product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, target,
+                    hits, predicted, true, undefined, bad)  # fmt: skip
 
     @inlined
     def slope(x, p, w, on_target, off_target, bce_target, bce_other):  # type: ignore[no-untyped-def]
         other = one - p
+        if weighted:
+            x = x if w != zero else zero
         e = exp_negative(abs(x))
-        r = one / (one + e)
-        small = e * r
-        q, rest = (r, small) if x >= zero else (small, r)
+        large = one / (one + e)
+        small = fma(-e, e * large, e)
+        q, rest = (large, small) if x >= zero else (small, large)
         region = (on_target * p + off_target * other) * fma(-small, small, small)
         value = fma(bce_other * other, q, region) - bce_target * p * rest
         return w * value if weighted else value
 
-    return Point(add, _log_sum(real), slope)
+    return Point(add, _join(real), _log_sum(real), slope)
 
 
 def _probs_point(variant: Variant, real: Real) -> Point:
@@ -215,12 +264,16 @@ def _probs_point(variant: Variant, real: Real) -> Point:
 
     @inlined
     def add(x, p, w, threshold, sums):  # type: ignore[no-untyped-def]
-        (product_pos, bce_pos, product_neg, bce_neg, missed, false_alarm, target,
+        (product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, target,
          hits, predicted, true, undefined, bad) = sums  # fmt: skip
         weight = w if weighted else one
         p_real = T(p)
+        over, undefined_here, outside = x >= threshold, x != x, x < zero or x > one
+        if weighted:
+            x = x if w != zero else zero
         other, rest = one - p_real, one - x
         if overlap:
+            inner += weight * p_real * x
             missed += weight * p_real * rest
             false_alarm += weight * other * x
         if bce:
@@ -234,16 +287,16 @@ def _probs_point(variant: Variant, real: Real) -> Point:
             else:
                 bce_pos += weight * (nll_pos + nll_neg)
         if hard:
-            over, is_target = x >= threshold, p_real >= half
+            is_target = p_real >= half
             predicted = I(predicted + (unit if over else nothing))
             true = I(true + (unit if is_target else nothing))
             hits = I(hits + (unit if over and is_target else nothing))
-            undefined = I(undefined + (unit if x != x else nothing))
+            undefined = I(undefined + (unit if undefined_here else nothing))
         target += weight * p_real
         bad = I(bad | (nothing if zero <= p_real <= one else unit))
-        bad = I(bad | (unit if x < zero or x > one else nothing))
-        return (product_pos, bce_pos, product_neg, bce_neg, missed, false_alarm, target,
-                hits, predicted, true, undefined, bad)  # fmt: skip
+        bad = I(bad | (unit if outside else nothing))
+        return Sums(product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, target,
+                    hits, predicted, true, undefined, bad)  # fmt: skip
 
     @inlined
     def log_sum(product, direct):  # type: ignore[no-untyped-def]
@@ -252,6 +305,8 @@ def _probs_point(variant: Variant, real: Real) -> Point:
     @inlined
     def slope(x, p, w, on_target, off_target, bce_target, bce_other):  # type: ignore[no-untyped-def]
         p_real = T(p)
+        if weighted:
+            x = x if w != zero else zero
         other, rest = one - p_real, one - x
         spread = x * rest
         spread = smallest if spread < smallest else spread
@@ -259,4 +314,4 @@ def _probs_point(variant: Variant, real: Real) -> Point:
         value += (bce_other * other * x - bce_target * p_real * rest) / spread
         return w * value if weighted else value
 
-    return Point(add, log_sum, slope)
+    return Point(add, _join(real), log_sum, slope)

@@ -167,9 +167,9 @@ def _run_in_pool(state: _State, kernel: Kernel, job: int, bounds: list[int]) -> 
     parts = len(bounds) - 1
     owners: dict[int, object] = {}
     finished = [threading.Event() for _ in range(parts)]
+    ours = object()  # not the thread's identity: a new thread may get that of one that ended
 
-    def work(part: int) -> None:
-        claim = object()  # not the thread's identity: a new thread may get that of one that ended
+    def work(part: int, claim: object) -> None:
         if owners.setdefault(part, claim) is claim:  # one atomic step: nobody else begins it
             try:
                 kernel.call(job, bounds[part], bounds[part + 1])
@@ -181,14 +181,32 @@ def _run_in_pool(state: _State, kernel: Kernel, job: int, bounds: list[int]) -> 
         with contextlib.suppress(RuntimeError):
             pool = _python_pool(state)
             for part in range(1, parts):
-                pool.submit(work, part)
+                pool.submit(work, part, object())
         for part in range(parts):
-            work(part)
+            work(part, ours)
     finally:
-        claim = object()
-        for part in range(parts):
-            if owners.setdefault(part, claim) is not claim:
+        _wait_for_others(owners, ours, finished)
+
+
+def _wait_for_others(
+    owners: dict[int, object], ours: object, finished: list[threading.Event]
+) -> None:
+    """Wait for the parts that other threads began, and claim the rest so that nobody begins them.
+
+    A second Ctrl-C does not end the wait, it is raised after it. Only this thread gets Ctrl-C, so
+    what the others began they finish.
+    """
+    interrupt: BaseException | None = None
+    part = 0
+    while part < len(finished):
+        try:
+            if owners.setdefault(part, ours) is not ours:
                 finished[part].wait()
+            part += 1
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def describe() -> dict[str, Any]:
@@ -205,10 +223,8 @@ def run(kernel: Kernel, job: int, tasks: int, share: bool = True) -> None:
 
     ``share=False`` keeps work that is too small to be worth a second thread on this one.
     """
-    if tasks <= 0:
-        return
-    parts = min(get_num_threads(), tasks)
-    if parts == 1 or not share:
+    parts = min(get_num_threads(), tasks) if share else 1
+    if parts <= 1:
         kernel.call(job, 0, tasks)
         return
     state = _state
