@@ -13,8 +13,8 @@ e - e (e / (1 + e)), which hardly feels the rounding of 1 + e and of the quotien
 u - u^2, rounded once; without either they missed 4 ulp.
 
 The voxel's BCE is softplus(z) = max(z, 0) + log(1 + e), z being x with its sign turned where p = 1.
-Eight voxels share one logarithm: ``product`` carries (1 + e1)(1 + e2)... - 1 as s + e + s e, which
-stays exact where every e is tiny.
+Sixteen voxels share one logarithm: ``product`` carries (1 + e1)(1 + e2)... - 1 as s + e + s e,
+which stays exact where every e is tiny.
 
 Coefficients are (on_target, off_target, bce_target, bce_other), already scaled by everything that
 scales the gradient:
@@ -125,13 +125,29 @@ def _join(real: Real) -> Any:
     return join
 
 
+def _count(real: Real) -> Any:
+    I = real.integer  # noqa: E741
+    nothing, unit = I(0), I(1)
+
+    @inlined
+    def count(hits, predicted, undefined, over, is_target, no_answer):  # type: ignore[no-untyped-def]
+        return (
+            I(hits + (unit if over & is_target else nothing)),
+            I(predicted + (unit if over else nothing)),
+            I(undefined + (unit if no_answer else nothing)),
+        )
+
+    return count
+
+
 def _binary_point(variant: Variant, real: Real) -> Point:
-    T, I = real.scalar, real.integer  # noqa: E741
-    zero, one, nothing, unit, background = T(0), T(1), I(0), I(1), np.uint8(0)
+    T = real.scalar
+    zero, one, background = T(0), T(1), np.uint8(0)
     exp_negative = make_exp_negative(real)
     bce = bool({"bce", "bce_split"} & variant.families)
     split = "bce_split" in variant.families
     overlap, hard = "overlap" in variant.families, "hard" in variant.families
+    count = _count(real)
 
     @inlined
     def add(x, p, w, threshold, sums):  # type: ignore[no-untyped-def]
@@ -162,10 +178,10 @@ def _binary_point(variant: Variant, real: Real) -> Point:
                 product_pos = fma(product_pos, e, product_pos + e)
                 bce_pos += excess
         if hard:
-            over = x >= threshold
-            predicted = I(predicted + (unit if over else nothing))
-            hits = I(hits + (unit if over & is_target else nothing))
-            undefined = I(undefined + (unit if x != x else nothing))
+            over, no_answer = x >= threshold, x != x
+            hits, predicted, undefined = count(
+                hits, predicted, undefined, over, is_target, no_answer
+            )
         return Sums(product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, target,
                     hits, predicted, true, undefined, bad)  # fmt: skip
 
@@ -190,6 +206,7 @@ def _soft_point(variant: Variant, real: Real) -> Point:
     bce = bool({"bce", "bce_split"} & variant.families)
     split = "bce_split" in variant.families
     overlap, hard = "overlap" in variant.families, "hard" in variant.families
+    count = _count(real)
     weighted = variant.targets == "weighted"
 
     @inlined
@@ -198,7 +215,7 @@ def _soft_point(variant: Variant, real: Real) -> Point:
          hits, predicted, true, undefined, bad) = sums  # fmt: skip
         weight = w if weighted else one
         other = one - p
-        over, undefined_here = x >= threshold, x != x
+        over, no_answer = x >= threshold, x != x
         if weighted:
             x = x if w != zero else zero  # weight 0 leaves out whatever is stored there
         size = abs(x)
@@ -226,10 +243,10 @@ def _soft_point(variant: Variant, real: Real) -> Point:
                 bce_pos += excess
         if hard:
             is_target = p >= half
-            predicted = I(predicted + (unit if over else nothing))
             true = I(true + (unit if is_target else nothing))
-            hits = I(hits + (unit if over and is_target else nothing))
-            undefined = I(undefined + (unit if undefined_here else nothing))
+            hits, predicted, undefined = count(
+                hits, predicted, undefined, over, is_target, no_answer
+            )
         target += weight * p
         bad = I(bad | (nothing if zero <= p <= one else unit))
         return Sums(product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, target,
@@ -260,6 +277,7 @@ def _probs_point(variant: Variant, real: Real) -> Point:
     bce = bool({"bce", "bce_split"} & variant.families)
     split = "bce_split" in variant.families
     overlap, hard = "overlap" in variant.families, "hard" in variant.families
+    count = _count(real)
     weighted = variant.targets == "weighted"
 
     @inlined
@@ -268,7 +286,7 @@ def _probs_point(variant: Variant, real: Real) -> Point:
          hits, predicted, true, undefined, bad) = sums  # fmt: skip
         weight = w if weighted else one
         p_real = T(p)
-        over, undefined_here, outside = x >= threshold, x != x, x < zero or x > one
+        over, no_answer, outside = x >= threshold, x != x, x < zero or x > one
         if weighted:
             x = x if w != zero else zero
         other, rest = one - p_real, one - x
@@ -288,10 +306,10 @@ def _probs_point(variant: Variant, real: Real) -> Point:
                 bce_pos += weight * (nll_pos + nll_neg)
         if hard:
             is_target = p_real >= half
-            predicted = I(predicted + (unit if over else nothing))
             true = I(true + (unit if is_target else nothing))
-            hits = I(hits + (unit if over and is_target else nothing))
-            undefined = I(undefined + (unit if undefined_here else nothing))
+            hits, predicted, undefined = count(
+                hits, predicted, undefined, over, is_target, no_answer
+            )
         target += weight * p_real
         bad = I(bad | (nothing if zero <= p_real <= one else unit))
         bad = I(bad | (unit if outside else nothing))
