@@ -14,6 +14,7 @@ from fastseg.libraries import Library, common_library
 from fastseg.options import Options
 from fastseg.problems import (
     as_int64,
+    check_mask_dtype,
     is_representable,
     make_problem,
     matched,
@@ -217,6 +218,7 @@ def _label_counts(
     views = [library.view(pred, "pred"), library.view(targets, "targets")]
     if mask is not None:
         views.append(library.view(mask, "mask"))
+        check_mask_dtype(views[2].dtype)
     rows = with_row_axes(views[0].layout, layout, "pred")
     truth = matched(views[1].layout, "targets", rows, layout, broadcast=False)
     keep = None if mask is None else matched(views[2].layout, "mask", rows, layout, broadcast=False)

@@ -85,6 +85,15 @@ def as_int64(label: int) -> int:
     return label - 2**64 if label >= 2**63 else label
 
 
+def check_mask_dtype(dtype: str) -> None:
+    """Refuse a floating-point mask, which might be meant as weights."""
+    if dtype in FLOAT_DTYPES:
+        raise TypeError(
+            f"mask must be boolean or integer (not 0: counts), got {dtype}; a mask stored as "
+            "floats is mask != 0, and weights go to weight_map"
+        )
+
+
 @lru_cache(maxsize=1024)
 def arrange(
     logits: Layout,
@@ -103,11 +112,7 @@ def arrange(
     predictions = with_row_axes(logits, layout, name)
     truth = matched(targets, "targets", predictions, layout, broadcast=False)
     if mask is not None:
-        if mask.dtype in FLOAT_DTYPES:
-            raise TypeError(
-                f"mask must be boolean or integer (not 0: counts), got {mask.dtype}; weights go "
-                "to weight_map"
-            )
+        check_mask_dtype(mask.dtype)
         mask = matched(mask, "mask", predictions, layout, broadcast=True)
     if weights is not None:
         weights = matched(weights, "weight_map", predictions, layout, broadcast=True)

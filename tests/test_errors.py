@@ -199,6 +199,7 @@ BAD: list[Row] = [
     (lambda: fs.jaccard_index(X, T, kind="logit"), ValueError, "kind must be 'logits', 'probs'"),
     (lambda: fs.jaccard_index(X, T, threshold=0.0), ValueError, r"threshold must be .* \(0, 1\], got 0"),
     (lambda: fs.jaccard_index(T, T, threshold=0.3), ValueError, "threshold has no meaning"),
+    (lambda: fs.jaccard_index(T, T, mask=np.ones(T.shape)), TypeError, "mask must be boolean or integer"),
     (lambda: fs.jaccard_index(T, T, positive=1), ValueError, "positive has no meaning"),
     (lambda: fs.jaccard_index(X, T, num_classes=3), ValueError, "num_classes is for kind='labels'"),
     (lambda: fs.jaccard_index(T, T, num_classes=1), ValueError, "num_classes must be at least 2"),

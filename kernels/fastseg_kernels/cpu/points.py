@@ -21,6 +21,10 @@ scales the gradient:
 
     dL/dq = on_target p + off_target (1 - p)           region terms, times dq/dx = q (1 - q)
     dL/dx = ... - bce_target p (1 - q) + bce_other (1 - p) q
+
+Largest errors of one voxel's parts in float32, for targets 0 and 1 and |x| <= 87.683, by
+``tests/test_elementary.py``: p (1 - q) and (1 - p) q 2.79 ulp, BCE 3.67, q (1 - q) in the gradient
+2.41, the gradient of the BCE 2.01.
 """
 
 from __future__ import annotations
