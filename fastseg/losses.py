@@ -45,8 +45,9 @@ class Loss:
     (N, C, *spatial), or as ``layout`` says, of dtype float32, float64, float16 or bfloat16.
     Targets have the same shape (the class axis may be absent for one class) and any boolean,
     integer or floating dtype. ``mask`` (boolean or integer, 0 leaves a voxel out) and
-    ``weight_map`` have the shape of the logits, or lack the class axis. A voxel that is left out
-    contributes nothing, whatever is stored there, and its gradient is 0.
+    ``weight_map`` (at least 0) have the shape of the logits, or lack the class axis. A voxel that
+    is left out contributes nothing, whatever is stored there, and its gradient is 0. One of weight
+    0 has no part in the loss either, but counts where voxels are counted.
 
     Raises
     ------
@@ -180,6 +181,8 @@ class Loss:
     ) -> Any:
         """Return dL/dlogits, where L is the loss of everything that ``s`` sums up.
 
+        Targets are not checked again: that `statistics` did.
+
         Parameters
         ----------
         logits, targets, mask, weight_map
@@ -189,8 +192,9 @@ class Loss:
         rows
             Which samples of ``s`` these are; all by default.
         out
-            Where to write the gradient (it may be ``logits``); a new array by default. Its dtype
-            is that of the gradient.
+            Where to write the gradient (it may be ``logits``); a new array like ``logits`` by
+            default. Any floating dtype, which the gradient is rounded to; float32 or float64 for
+            float64 logits.
         grad_scale
             Multiplied into the gradient before it is rounded to its dtype: the scale of mixed
             precision, or the gradient that comes from above. (N, C) for reduction "none".

@@ -29,10 +29,10 @@ class Options:
     layout
         The axes before the spatial ones: "NC", "N", "C" or "" (a plain volume).
     compute_dtype
-        "auto": float16, bfloat16 and float32 logits are computed in float32, and sums of eight
-        voxels are made in it; "float64": everything is computed and summed in float64, and so is
-        the value. Chunks of any size then add up to the whole within 1e-12. It takes about three
-        times as long.
+        "auto": float16, bfloat16 and float32 logits are computed in float32, where sixteen voxels
+        are added up before they are widened; "float64": everything is computed and summed in
+        float64, and so is the value. Chunks of any size then add up to the whole within 1e-12. It
+        takes about three times as long.
     """
 
     activation: Literal["auto", "sigmoid"] | None = "auto"

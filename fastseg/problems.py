@@ -1,6 +1,7 @@
 """From the caller's arrays to a `Problem`: names of axes, shapes, and every check of them.
 
-Nothing here reads an element of an array, except to say what was wrong with one.
+Nothing here reads an element of an array, except to say what was wrong with one: which values are
+invalid is decided where they are read, by ``bad`` in ``cpu/points.py``.
 """
 
 from __future__ import annotations
@@ -284,9 +285,9 @@ USE_POSITIVE = (
 
 
 def raise_for_invalid(problem: Problem, count: int, total: int, metric: bool = False) -> None:
-    """Find the first invalid target (or probability) and say what it is; slow, only for errors."""
+    """Find the first invalid target, probability or weight and say what it is; only for errors."""
     arrangement = problem.arrangement
-    logits, targets, mask, _ = (
+    logits, targets, mask, weights = (
         None if layout is None else as_numpy(address, layout)
         for address, layout in zip(problem.addresses, arrangement.layouts, strict=True)
     )
@@ -321,6 +322,12 @@ def raise_for_invalid(problem: Problem, count: int, total: int, metric: bool = F
                     else "with activation=None logits must be probabilities"
                 )
                 raise ValueError(f"{what} in [0, 1], got {wrong[0]} {voxels}")
+        if weights is not None:
+            assert arrangement.weights is not None
+            factors = _readable(weights[index], arrangement.weights.dtype)
+            wrong = factors[kept & ~(factors >= 0)]
+            if wrong.size:
+                raise ValueError(f"weight_map must be at least 0, got {wrong[0]} {voxels}")
     raise ValueError(f"targets or probabilities have invalid values ({count} of {total} voxels)")
 
 

@@ -107,9 +107,11 @@ def _region(term, x, p, weight, valid, probs, reduction):
     elif isinstance(term, fs.SoftJaccard):
         score = ref.soft_jaccard_index(*sums, **smooth)
         dscore = ref.soft_jaccard_index_gradient(q_, p_, w_, **smooth)
-    else:
+    elif isinstance(term, fs.SoftDice):
         score = ref.soft_dice_score(*sums, **smooth)
         dscore = ref.soft_dice_score_gradient(q_, p_, w_, **smooth)
+    else:
+        raise TypeError(f"give {type(term).__name__} a branch here, from the reference")
     link = term.link
     if link == "log" and term.eps > 0:
         held = score < term.eps

@@ -146,7 +146,8 @@ def test_a_score_near_0_keeps_its_digits(loss, dtype, bound, shift):
     q, rest = e / (1 + e), 1 / (1 + e)
     inner = (targets * q).sum()
     missed, false_alarms = (targets * rest).sum(), (~targets * q).sum()
-    alpha, beta = {"SoftDice": (0.5, 0.5), "Tversky": (0.3, 0.7)}.get(type(loss).__name__, (1, 1))
+    factors = {"SoftJaccard": (1, 1), "SoftDice": (0.5, 0.5), "Tversky": (0.3, 0.7)}
+    alpha, beta = factors[type(loss).__name__]
     size = inner + alpha * false_alarms + beta * missed
     score, error = inner / size, (alpha * false_alarms + beta * missed) / size
     expected, outer = {

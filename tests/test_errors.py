@@ -152,6 +152,8 @@ BAD: list[Row] = [
     (lambda: LOSS.statistics(X, T, track=("soft",)), ValueError, "track must be a tuple of overlap"),
     (lambda: LOSS.statistics(X, T, track="hard"), ValueError, "track must be a tuple"),
     (lambda: LOSS.statistics(X, T, samples="a"), ValueError, "samples must name each of the 2 samples"),
+    (lambda: LOSS(X, T, weight_map=-np.ones(X.shape, np.float32)), ValueError, r"weight_map must be at least 0, got -1.0 \(invalid voxels: 210 of 210\)"),
+    (lambda: LOSS(X, T, weight_map=np.full(X.shape, np.nan)), ValueError, "weight_map must be at least 0, got nan"),
     # gradients
     (
         lambda: LOSS.gradient(X, T, LOSS.statistics(X[:1], T[:1])),

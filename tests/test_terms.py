@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastseg as fs
-from cases import make
+from cases import LOSSES, make
 
 
 def subclasses(cls: type) -> list[type]:
@@ -50,6 +50,8 @@ def test_every_term_is_found():
     assert {fs.BCE, fs.SoftJaccard, fs.SoftDice, fs.Tversky} <= set(TERMS)
     covered = {field.name for cls in TERMS for field in fields(cls)}
     assert covered - {"link", "gamma"} <= set(OPTIONS), "give the new option a value in OPTIONS"
+    tested = {type(term) for loss in LOSSES for _, term in loss.parts}
+    assert set(TERMS) <= tested, "put the new loss into LOSSES of cases.py"
 
 
 def check_gradient(loss, grad, logits, targets, **extra) -> None:

@@ -46,18 +46,21 @@ def block_length(voxels: int) -> int:
 
 
 def _make_count_invalid(variant: Variant) -> Any:
-    """Return the second look at a block that holds an invalid target or prediction."""
+    """Return the second look at a block that holds an invalid target, prediction or weight."""
     T = REALS[variant.real].scalar
     binary, probs = variant.targets == "binary", variant.activation == "probs"
+    weighted = variant.targets == "weighted"
     zero, one = T(0), T(1)
 
     @function
-    def count_invalid(x, p, count):  # type: ignore[no-untyped-def]
+    def count_invalid(x, p, w, count):  # type: ignore[no-untyped-def]
         invalid = 0
         for i in range(count):
             wrong = p[i] > np.uint8(1) if binary else not (zero <= p[i] <= one)
             if probs:
                 wrong = wrong or x[i] < zero or x[i] > one
+            if weighted:
+                wrong = wrong or not (w[i] >= zero)
             invalid += wrong
         return invalid
 
@@ -126,7 +129,7 @@ def statistics_kernel(variant: Variant) -> Kernel:
                     direct_tail(x_rest, p_rest, count % TILE, x, p)
                     bad |= tile_sums(x, p, w, 1, threshold, out)
                 if bad != 0:
-                    out[INVALID_COLUMN] += count_invalid(x_here, p_here, count)
+                    out[INVALID_COLUMN] += count_invalid(x_here, p_here, w, count)
                 out[VOXELS_COLUMN] += count
                 out[COUNT_COLUMN] += count
                 continue
@@ -140,7 +143,7 @@ def statistics_kernel(variant: Variant) -> Kernel:
                     ask.padded = tiles * TILE
                     call_kernel(job.load, job_address, address_of(ask_pointer), 0)
                     if tile_sums(x, p, w, tiles, threshold, out) != 0:
-                        out[INVALID_COLUMN] += count_invalid(x, p, count)
+                        out[INVALID_COLUMN] += count_invalid(x, p, w, count)
                     out[VOXELS_COLUMN] += count
                     out[COUNT_COLUMN] += count - ask.left_out
                 voxel += count

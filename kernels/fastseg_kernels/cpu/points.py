@@ -78,7 +78,7 @@ class Sums(NamedTuple):
     predicted: Any  # with q over the threshold
     true: Any  # with p
     undefined: Any  # predictions that are NaN
-    bad: Any  # not zero: there is an invalid target or prediction to be counted
+    bad: Any  # not zero: there is an invalid target, prediction or weight to be counted
 
 
 def no_voxels(real: Real) -> Sums:
@@ -253,6 +253,8 @@ def _soft_point(variant: Variant, real: Real) -> Point:
             )
         target += weight * p
         bad = I(bad | (nothing if zero <= p <= one else unit))
+        if weighted:
+            bad = I(bad | (nothing if w >= zero else unit))
         return Sums(product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, target,
                     hits, predicted, true, undefined, bad)  # fmt: skip
 
@@ -317,6 +319,8 @@ def _probs_point(variant: Variant, real: Real) -> Point:
         target += weight * p_real
         bad = I(bad | (nothing if zero <= p_real <= one else unit))
         bad = I(bad | (unit if outside else nothing))
+        if weighted:
+            bad = I(bad | (nothing if w >= zero else unit))
         return Sums(product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, target,
                     hits, predicted, true, undefined, bad)  # fmt: skip
 

@@ -85,7 +85,7 @@ def make_tile_sums(variant: Variant) -> Any:
 
     @function
     def tile_sums(x, p, w, tiles, threshold, out):  # type: ignore[no-untyped-def]
-        """Add ``tiles`` tiles to ``out``; return not 0 if a target or prediction is invalid."""
+        """Add ``tiles`` tiles to ``out``; return not 0 if something in them is invalid."""
         wide_vectors()
         group_pos, group_neg = stack_array(LANES, T), stack_array(LANES, T)
         group_inner, group_missed = stack_array(LANES, T), stack_array(LANES, T)
