@@ -122,7 +122,9 @@ class Loss:
     def families(self, track: Sequence[str] = ()) -> frozenset[str]:
         """Return the families of sums that the terms, and ``track``, need."""
         known = self.__dict__.setdefault("_families", {})
-        if type(track) is tuple and track in known:
+        if not isinstance(track, tuple | str):
+            track = tuple(track)
+        if track in known:
             return known[track]  # type: ignore[no-any-return]
         wanted = set().union(*(term.needs() for _, term in self.parts))
         if isinstance(track, str) or not set(track) <= set(FAMILY_COLUMNS):
@@ -130,7 +132,7 @@ class Loss:
         wanted.update(track)
         if "bce_split" in wanted:
             wanted.discard("bce")  # the two parts add up to it
-        return known.setdefault(tuple(track), frozenset(wanted))  # type: ignore[no-any-return]
+        return known.setdefault(track, frozenset(wanted))  # type: ignore[no-any-return]
 
     # The three verbs
 

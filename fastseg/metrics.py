@@ -13,7 +13,7 @@ from fastseg.dispatch import backend_of
 from fastseg.libraries import Library, common_library
 from fastseg.options import Options
 from fastseg.problems import (
-    as_int64,
+    as_stored,
     check_mask_dtype,
     is_representable,
     make_problem,
@@ -224,7 +224,7 @@ def _label_counts(
     keep = None if mask is None else matched(views[2].layout, "mask", rows, layout, broadcast=False)
     ignore = options.ignore_index
     if ignore is not None:
-        ignore = as_int64(ignore) if is_representable(ignore, truth.dtype) else None
+        ignore = as_stored(ignore, truth.dtype) if is_representable(ignore, truth.dtype) else None
     problem = Problem(
         Arrangement(rows, truth, keep, ignore_index=ignore),
         (views[0].address, views[1].address, 0 if mask is None else views[2].address, 0),

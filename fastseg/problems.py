@@ -81,9 +81,9 @@ def is_representable(label: int, dtype: str) -> bool:
     return int(info.min) <= label <= int(info.max)
 
 
-def as_int64(label: int) -> int:
-    """Return the int64 that has the bits of a uint64 label."""
-    return label - 2**64 if label >= 2**63 else label
+def as_stored(label: int, dtype: str) -> int:
+    """Return a label as kernels compare it: uint64 is read as the int64 of the same bits."""
+    return label - 2**64 if dtype == "uint64" and label >= 2**63 else label
 
 
 def check_mask_dtype(dtype: str) -> None:
@@ -126,7 +126,7 @@ def arrange(
             raise ValueError(f"positive={positive} cannot occur in targets of dtype {truth.dtype}")
     ignore = options.ignore_index
     if ignore is not None:
-        ignore = as_int64(ignore) if is_representable(ignore, truth.dtype) else None
+        ignore = as_stored(ignore, truth.dtype) if is_representable(ignore, truth.dtype) else None
     return Arrangement(
         predictions,
         truth,
@@ -134,7 +134,7 @@ def arrange(
         weights,
         activation,
         mode,
-        as_int64(positive),
+        as_stored(positive, truth.dtype),
         ignore,
         threshold,
         options.compute_dtype == "float64",
@@ -261,12 +261,18 @@ def _extent(layout: Layout) -> tuple[int, int]:
     return low, high + ITEM_SIZES[layout.dtype]
 
 
+def _axes(layout: Layout) -> list[tuple[int, int]]:
+    """Return length and stride of the axes that have more than one element."""
+    pairs = zip(layout.shape, layout.strides, strict=True)
+    return [(size, step) for size, step in pairs if size != 1]
+
+
 def share_memory(first: int, a: Layout, second: int, b: Layout) -> bool:
     """Tell whether two arrays share memory, unless they are the very same array.
 
     The same array is fine for an output: every voxel is read before it is written.
     """
-    if (first, a) == (second, b):
+    if (first, _axes(a), a[2:]) == (second, _axes(b), b[2:]):
         return False
     try:
         work: Any = 10_000  # candidate solutions; NumPy's stub knows only its two special values
@@ -299,7 +305,12 @@ def raise_for_invalid(problem: Problem, count: int, total: int, metric: bool = F
         seen = _readable(targets[index], arrangement.targets.dtype)
         kept = np.ones(seen.shape, bool)
         if arrangement.ignore_index is not None:
-            kept &= seen != arrangement.ignore_index
+            wraps = arrangement.targets.dtype == "uint64"
+            kept &= (
+                seen != arrangement.ignore_index % 2**64
+                if wraps
+                else seen != arrangement.ignore_index
+            )
         if mask is not None:
             kept &= mask[index] != 0
         allowed = (seen >= 0) & (seen <= 1) if soft else (seen == 0) | (seen == 1)

@@ -257,7 +257,10 @@ def require(names: Sequence[str], families: Iterable[str]) -> None:
 @cache
 def picks(names: tuple[str, ...]) -> NDArray[np.int64]:
     """Return where the sums that terms are made of are stored, int64 (len(PICKED),); or -1."""
-    return np.array([names.index(name) if name in names else -1 for name in PICKED], np.int64)
+    found = [names.index(name) if name in names else -1 for name in PICKED]
+    if "bce_pos_sum" in names:
+        found[PICKED.index("bce_sum")] = -1  # the two parts add up to it
+    return np.array(found, np.int64)
 
 
 def _number(value: float) -> float | str:

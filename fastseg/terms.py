@@ -249,17 +249,19 @@ class RegionTerm(Term):
 
     def row(self) -> dict[str, float]:
         """Return the term's entries in the table."""
-        missed, false_alarm = self.errors()
+        errors_f, errors_g = self.errors()
         size_p, size_f, size_g = self.sizes()
+        # The hits are what the errors leave of the size, in I, F and G (P = I + F). In this order
+        # beta - (beta - 1) is exactly 1, and F has no part in the hits of a Tversky index.
         return {
             "kind": KIND_REGION,
-            "num_f": missed,
-            "num_g": false_alarm,
-            "num_0": self.smooth_den - self.smooth_num,
-            "den_p": size_p,
-            "den_f": size_f,
-            "den_g": size_g,
-            "den_0": self.smooth_den,
+            "hits_i": size_p,
+            "hits_f": size_p - (errors_f - size_f),
+            "hits_g": size_g - errors_g,
+            "hits_0": self.smooth_num,
+            "errors_f": errors_f,
+            "errors_g": errors_g,
+            "errors_0": self.smooth_den - self.smooth_num,
             "eps": self.eps,
             "link": LINKS.index(self.link),
             "gamma": self.gamma,

@@ -165,6 +165,25 @@ def test_a_score_near_0_keeps_its_digits(loss, dtype, bound, shift):
     assert float((np.abs(grad - exact) / spacing).max()) <= bound
 
 
+@pytest.mark.parametrize("beta", [0.0, 1e-8, 0.1, 0.2, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("size", [3.0, 20.0, 40.0])
+@pytest.mark.parametrize("link", ["negative", "log"])
+def test_tversky_of_a_network_that_is_sure_and_wrong(link, size, beta):
+    """No coefficient may leave a rest of the missed voxels, which outnumber the hits by far."""
+    logits = np.full((1, 1, 2048), -size)
+    targets = np.arange(2048)[None, None] % 2 == 0
+    value, grad = fs.Tversky(alpha=1.0, beta=beta, link=link).value_and_grad(logits, targets)
+    e = np.exp(np.longdouble(-size))
+    q, rest = e / (1 + e), 1 / (1 + e)
+    inner, denominator = 1024 * q, 1024 * (q + q + np.longdouble(beta) * rest)
+    score = inner / denominator
+    expected, outer = {"negative": (-score, -1), "log": (-np.log(score), -1 / score)}[link]
+    np.testing.assert_allclose(float(value), float(expected), rtol=1e-13)
+    # d score / d q on the foreground: inner grows by 1 and the denominator by 1 - beta
+    slope = outer * (1 - score * (1 - np.longdouble(beta))) / denominator * q * rest
+    np.testing.assert_allclose(grad[targets], float(slope), rtol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_minimum_of_soft_bce_is_at_the_target(dtype):
     probs = np.linspace(0.05, 0.95, 19).astype(dtype)

@@ -155,6 +155,15 @@ def test_out_may_be_the_logits(dtype, shape):
     np.testing.assert_array_equal(grad, expected)
 
 
+def test_out_may_be_the_logits_by_another_name():
+    """The stride of an axis of length 1 says nothing."""
+    logits, targets = make((1, 1, 8, 8))
+    expected = BCE_JACCARD.value_and_grad(logits, targets)[1]
+    out = np.lib.stride_tricks.as_strided(logits, logits.shape, (4, 4, *logits.strides[2:]))
+    BCE_JACCARD.value_and_grad(logits, targets, out=out)
+    np.testing.assert_array_equal(logits, expected)
+
+
 def test_out_may_be_wider_than_the_logits():
     logits, targets = make((1, 2, 3001), np.float16)
     out = np.empty(logits.shape, np.float32)

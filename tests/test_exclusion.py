@@ -206,3 +206,16 @@ def test_weight_0_leaves_a_voxel_out_whatever_is_stored_there(activation, junk):
     assert value == expected
     np.testing.assert_array_equal(grad, expected_grad)
     assert grad[0, 0, 1] == 0.0
+
+
+def test_labels_past_63_bits():
+    """uint64 labels are compared by their bits, floats by their value."""
+    logits, last = np.zeros((1, 1, 3)), 2**64 - 1
+    ignoring = fs.BCE().replace(ignore_index=last)
+    targets = np.array([[[last, 7, 1]]], np.uint64)
+    with pytest.raises(ValueError, match=r"got 7 \(invalid voxels: 1 of 2\)"):
+        ignoring(logits, targets)
+    half = fs.BCE().replace(ignore_index=2**63)
+    assert half(logits, np.array([[[2.0**63, 0.0, 1.0]]])) == fs.BCE()(
+        logits[:, :, :2], targets[:, :, 2:].repeat(2, 2)
+    )

@@ -159,6 +159,12 @@ def test_equal_statistics_have_equal_hashes():
     assert hash(s) == hash(other) == hash(positive)
 
 
+def test_bce_is_not_counted_twice():
+    names = ("voxels", "count", "invalid", "targets_sum", "bce_sum", "bce_pos_sum", "bce_neg_sum")
+    s = fs.Statistics(np.array([[[2.0, 2.0, 0.0, 1.0, 3.0, 1.0, 2.0]]]), names)
+    assert fs.BCE().value(s) == 1.5
+
+
 def test_json_is_strict_and_bad_documents_are_refused():
     json.loads(stats().to_json(), parse_constant=lambda name: pytest.fail(name))
     with pytest.raises(ValueError, match="not a JSON document of Statistics"):

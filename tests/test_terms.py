@@ -135,6 +135,32 @@ def test_pos_weight_0_leaves_the_foreground_out():
     assert grad[0, 0, 0] == 0.0
 
 
+def test_power_of_a_loss_that_is_held_at_0_is_flat():
+    """More smoothing above than below: the score passes 1, and the loss stays at 0."""
+    logits, targets = np.array([[[2.0, 1.0, -3.0]]]), np.array([[[1, 1, 0]]], np.uint8)
+    value, grad = fs.SoftJaccard(link="power", smooth_num=5.0).value_and_grad(logits, targets)
+    assert value == 0.0
+    assert np.all(grad == 0.0)
+
+
+def test_gradient_of_a_score_that_a_rule_gives_is_0():
+    logits, targets = np.array([[[2.0, 1.0, -3.0]]]), np.zeros((1, 1, 3), np.uint8)
+    value, grad = fs.SoftJaccard(link="log", empty="zero").value_and_grad(logits, targets)
+    assert value == np.inf
+    assert np.all(grad == 0.0)
+
+
+def test_smoothing_far_below_the_hits_is_not_lost():
+    logits, targets = np.full((1, 1, 4), -90.0), np.ones((1, 1, 4), np.uint8)
+    loss = fs.SoftJaccard(link="log", smooth_num=1e-17, smooth_den=1.0)
+    hits = 4 * np.exp(-90.0) + 1e-17
+    np.testing.assert_allclose(loss(logits, targets), -np.log(hits / 5.0), rtol=1e-12)
+
+
+def test_track_may_be_any_iterable():
+    assert fs.BCE().families(iter(["hard"])) == {"bce", "hard"}
+
+
 def test_numbers_of_numpy_are_taken():
     assert fs.BCE(pos_weight=np.float32(3)) == fs.BCE(pos_weight=3.0)
     assert fs.BCE(classes=np.array([0, 1])) == fs.BCE(classes=(0, 1))

@@ -477,8 +477,6 @@ def pool(monkeypatch: pytest.MonkeyPatch, threads: None) -> Iterator[Any]:
     monkeypatch.setattr(cpu_threads, "_state", state)
     fs.set_num_threads(4)
     yield state
-    if state.pool is not None:
-        state.pool.shutdown()
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 3, 4, 5, 100])
@@ -489,20 +487,30 @@ def test_pool_runs_each_task_once(pool, tasks):
 
 
 def test_pool_does_without_threads_that_cannot_start(pool, monkeypatch):
-    """A failed start leaves its work item in the executor's queue: it must not run it later."""
-    import threading
+    import _thread
 
-    def refuse(self: threading.Thread) -> None:
+    def refuse(*call: object) -> None:
         raise RuntimeError("can't start new thread")
 
     kernel = Recorder()
     with monkeypatch.context() as context:
-        context.setattr(threading.Thread, "start", refuse)
+        context.setattr(_thread, "start_new_thread", refuse)
         cpu_threads.run(kernel, 0, 8)
     assert sorted(kernel.tasks) == list(range(8))
-    cpu_threads.run(Recorder(), 0, 8)  # now with threads, which find the item
-    pool.pool.shutdown()
-    assert sorted(kernel.tasks) == list(range(8))
+    later = Recorder()
+    cpu_threads.run(later, 0, 8)  # now with threads, which must not find anything of the first
+    assert sorted(later.tasks) == sorted(kernel.tasks) == list(range(8))
+
+
+def test_pool_makes_one_thread_less_than_there_are_parts(pool, monkeypatch):
+    """The caller's own is the other; more callers at once do not need more."""
+    import _thread
+
+    started, start = [], _thread.start_new_thread
+    monkeypatch.setattr(_thread, "start_new_thread", lambda *a: (started.append(a), start(*a)))
+    for _ in range(200):
+        cpu_threads.run(Recorder(), 0, 8)
+    assert len(started) == 3
 
 
 @pytest.mark.parametrize("interrupts", [1, 2])
@@ -527,28 +535,58 @@ def test_pool_leaves_nothing_running_after_an_interrupt(pool, interrupts):
     with pytest.raises(KeyboardInterrupt):
         cpu_threads.run(kernel, 0, 4)
     at_return = list(kernel.tasks)
-    pool.pool.shutdown()
+    ended.wait(1.0)
     assert at_return == kernel.tasks
     assert at_return
 
 
 def test_pool_does_not_wait_for_a_part_that_an_interrupt_kept_from_beginning(pool):
     """The exception may come when this thread has claimed a part and not yet begun it."""
+    import _thread
 
-    class Interrupted(dict):
-        def setdefault(self, part, claim):
-            first = super().setdefault(part, claim)
-            if part == 0 and not self.get("raised"):
-                self["raised"] = True
-                raise KeyboardInterrupt
-            return first
+    ours, gate = object(), _thread.allocate_lock()
+    gate.acquire()
+    cpu_threads._wait_for_others({0: ours}, ours, [False], [gate])  # returns
 
-    import threading
 
-    owners, ours = Interrupted(), object()
-    with pytest.raises(KeyboardInterrupt):
-        owners.setdefault(0, ours)
-    cpu_threads._wait_for_others(owners, ours, [threading.Event()])  # returns
+def test_pool_survives_ctrl_c_at_any_time(run):
+    """Twice, at random times, while threads wait for each other: it ends, and it says so."""
+    script = """
+    import faulthandler, random, signal, time
+    from fastseg_kernels.cpu import threads
+
+    faulthandler.dump_traceback_later(60, exit=True)
+    state, left = threads._State(forked=True), [0]
+
+    class Kernel:
+        def call(self, job, first, last):
+            time.sleep(0.0003 * first)
+
+    def interrupt(*signal):
+        if left[0] > 0:
+            left[0] -= 1
+            raise KeyboardInterrupt
+
+    def trial():
+        left[0] = 2
+        signal.setitimer(signal.ITIMER_REAL, 1e-5 + random.random() * 6e-4, 3e-5)
+        try:
+            while left[0] == 2:
+                threads._run_in_pool(state, Kernel(), 0, [0, 1, 2], None)
+        finally:
+            left[0] = 0
+
+    random.seed(0)
+    signal.signal(signal.SIGALRM, interrupt)
+    for _ in range(400):
+        try:
+            trial()
+        except KeyboardInterrupt:  # both were raised, or trial() has taken the second back
+            pass
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    print("survived")
+    """
+    run(script)
 
 
 # Numbers of threads
@@ -648,6 +686,6 @@ def test_environment_sets_the_number_of_threads(run):
 
 def test_small_work_stays_on_one_thread(pool):
     assert fs.sigmoid(np.zeros(100, np.float32))[99] == 0.5
-    assert pool.pool is None
+    assert pool.pool._threads == 0
     assert fs.sigmoid(np.zeros(100_000, np.float32))[99_999] == 0.5
-    assert pool.pool is not None
+    assert pool.pool._threads == 3

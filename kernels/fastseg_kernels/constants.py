@@ -50,15 +50,14 @@ def columns(families: frozenset[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-# One row of the table of terms. With P = targets_sum, I = true_positive_sum, F =
-# false_negative_sum and G = false_positive_sum, a region term is 1 - score or a function of it,
-#   1 - score = (num_f F + num_g G + num_0) / D,   D = max(den_p P + den_f F + den_g G + den_0, eps)
-#   score = (den_p I + (den_p + den_f - num_f) F + (den_g - num_g) G + den_0 - num_0) / D
-# (the same, as P = I + F). Nothing cancels in the first where errors are small, nor in the second
-# where the score is.
+# One row of the table of terms. With I = true_positive_sum, F = false_negative_sum and G =
+# false_positive_sum, a region term is a function of score = H / (H + E) and of 1 - score =
+# E / (H + E), where
+#   H = hits_i I + hits_f F + hits_g G + hits_0        E = errors_f F + errors_g G + errors_0
+# Neither is formed as a difference: a loss near 0 keeps its digits, and a score near 0 too.
 TERM_FIELDS = (
-    "kind", "weight", "num_f", "num_g", "num_0", "den_p", "den_f", "den_g", "den_0", "eps",
-    "link", "gamma", "batch", "empty", "pos_weight", "normalize",
+    "kind", "weight", "hits_i", "hits_f", "hits_g", "hits_0", "errors_f", "errors_g", "errors_0",
+    "eps", "link", "gamma", "batch", "empty", "pos_weight", "normalize",
 )  # fmt: skip
 KIND_BCE, KIND_REGION = 0, 1
 LINKS = ("one_minus", "negative", "log", "power")

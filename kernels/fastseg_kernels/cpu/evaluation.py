@@ -29,8 +29,8 @@ from fastseg_kernels.problem import Evaluation
 
 _AT = {name: index for index, name in enumerate(TERM_FIELDS)}
 KIND, WEIGHT, EPS, LINK, GAMMA = (_AT[n] for n in ("kind", "weight", "eps", "link", "gamma"))
-NUM_F, NUM_G, NUM_0 = (_AT[n] for n in ("num_f", "num_g", "num_0"))
-DEN_P, DEN_F, DEN_G, DEN_0 = (_AT[n] for n in ("den_p", "den_f", "den_g", "den_0"))
+HITS_I, HITS_F, HITS_G, HITS_0 = (_AT[f"hits_{n}"] for n in "ifg0")
+ERRORS_F, ERRORS_G, ERRORS_0 = (_AT[f"errors_{n}"] for n in "fg0")
 BATCH, EMPTY_RULE = _AT["batch"], _AT["empty"]
 POS_WEIGHT, NORMALIZATION = _AT["pos_weight"], _AT["normalize"]
 NEGATIVE, LOG, POWER = LINKS.index("negative"), LINKS.index("log"), LINKS.index("power")
@@ -52,23 +52,22 @@ def region(term, sums):  # type: ignore[no-untyped-def]
     empty = sums[P] == 0.0 and rule != FORMULA and sums[G] == sums[G]
     if empty and rule == SKIP:
         return 0.0, 0.0, 0.0, False
-    hits_f, hits_g = term[DEN_P] + term[DEN_F] - term[NUM_F], term[DEN_G] - term[NUM_G]
-    hits = term[DEN_P] * sums[INNER] + hits_f * sums[F] + hits_g * sums[G]
-    hits += term[DEN_0] - term[NUM_0]
-    errors = term[NUM_F] * sums[F] + term[NUM_G] * sums[G] + term[NUM_0]
-    size = term[DEN_P] * sums[P] + term[DEN_F] * sums[F] + term[DEN_G] * sums[G] + term[DEN_0]
-    slope_f, slope_g = 0.0, 0.0  # of 1 - score
+    hits = term[HITS_I] * sums[INNER] + term[HITS_F] * sums[F] + term[HITS_G] * sums[G]
+    hits += term[HITS_0]
+    errors = term[ERRORS_F] * sums[F] + term[ERRORS_G] * sums[G] + term[ERRORS_0]
+    size = hits + errors
+    slope_f, slope_g = 0.0, 0.0  # of 1 - score; I = P - F falls as F grows
     if empty:
         score, r = (1.0, 0.0) if rule == ONE else (0.0, 1.0)
     elif size < term[EPS]:
         # The score stays a quotient of its own, hits / eps.
         size = term[EPS]
         score, r = hits / size, 1.0 - hits / size
-        slope_f, slope_g = (term[NUM_F] - term[DEN_F]) / size, -hits_g / size
+        slope_f, slope_g = (term[HITS_I] - term[HITS_F]) / size, -term[HITS_G] / size
     else:
         score, r = hits / size, errors / size
-        slope_f = (term[NUM_F] - r * term[DEN_F]) / size
-        slope_g = (score * term[DEN_G] - hits_g) / size
+        slope_f = (score * term[ERRORS_F] + r * (term[HITS_I] - term[HITS_F])) / size
+        slope_g = (score * term[ERRORS_G] - r * term[HITS_G]) / size
     link = term[LINK]
     if link == NEGATIVE:
         value, outer = -score, 1.0
@@ -84,10 +83,12 @@ def region(term, sums):  # type: ignore[no-untyped-def]
         outer = term[GAMMA] * base ** (term[GAMMA] - 1.0) if base > 0.0 else 0.0
         if r != r:
             value, outer = r, r
-        elif base == 0.0 and term[GAMMA] == 1.0:
+        elif r == 0.0 and term[GAMMA] == 1.0:
             outer = 1.0
     else:
         value, outer = r, 1.0
+    if empty:  # a constant, whatever the link's derivative is there
+        return value, 0.0, 0.0, True
     return value, outer * slope_f, outer * slope_g, True
 
 

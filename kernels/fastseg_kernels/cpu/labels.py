@@ -96,7 +96,9 @@ def count_labels(problem: Problem, num_classes: int) -> NDArray[np.float64]:
     tables = np.empty((shape[0], blocks, num_classes, COUNTS), np.int64)
     record["sums"] = tables.ctypes.data
     tasks = shape[0] * blocks
-    threads.run(label_kernel(), job.ctypes.data, tasks, prod(shape) >= SHARED_FROM)
+    threads.run(
+        label_kernel(), job.ctypes.data, tasks, prod(shape) >= SHARED_FROM, (job, tables, problem)
+    )
     counts: NDArray[np.float64] = tables.sum(axis=1).astype(np.float64)
     counts[:, :, VALID:] = counts[:, :1, VALID:]  # of the sample, whatever the class
     return counts

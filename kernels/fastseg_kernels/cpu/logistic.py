@@ -77,4 +77,5 @@ def sigmoid(x: View, out: View) -> None:
     block = block_length(voxels)
     record["voxels"], record["block"] = voxels, block
     kernel = sigmoid_kernel(compute_type(x.dtype))
-    threads.run(kernel, job.ctypes.data, -(-voxels // block), voxels >= SHARED_FROM)
+    tasks = -(-voxels // block)
+    threads.run(kernel, job.ctypes.data, tasks, voxels >= SHARED_FROM, (job, x, out))

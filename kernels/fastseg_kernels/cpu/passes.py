@@ -120,8 +120,9 @@ def _plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
     )
     record["labelled"], record["target_mode"] = labelled, arrangement.target_mode
     record["has_ignore"] = has_ignore
-    record["ignore_label"] = record["ignore_real"] = arrangement.ignore_index or 0
-    record["positive_label"] = record["positive_real"] = arrangement.positive
+    of_labels = "real" if targets.dtype in FLOAT_DTYPES else "label"  # how they are compared
+    record[f"ignore_{of_labels}"] = arrangement.ignore_index or 0
+    record[f"positive_{of_labels}"] = arrangement.positive
     record["threshold"] = arrangement.threshold
     record["excluded_input"] = EXCLUDED_INPUT[arrangement.activation]
     if not record["direct"]:
@@ -177,7 +178,7 @@ def statistics(problem: Problem, families: frozenset[str]) -> NDArray[np.float64
     words, address = job
     partial = np.empty(shape)
     words[SUMS] = _address(partial)
-    threads.run(kernel, address, plan.tasks, plan.share)
+    threads.run(kernel, address, plan.tasks, plan.share, (job, partial, problem))
     plan.free.append(job)
     if plan.blocks == 1:
         return partial[:, :, 0]
@@ -200,7 +201,7 @@ def gradient(problem: Problem, coefficients: NDArray[np.float64], out: View) -> 
     over_itself = out.address == problem.addresses[0] and words[IN_PLACE] != 0
     if over_itself:  # LLVM's check for overlap would send the loop down its scalar path
         words[IN_PLACE], words[STORE] = 0, store_kernel(plan.variant.real).address
-    threads.run(kernel, address, plan.tasks, plan.share)
+    threads.run(kernel, address, plan.tasks, plan.share, (job, coefficients, problem, out))
     if over_itself:
         words[IN_PLACE] = 1
     plan.free.append(job)

@@ -15,12 +15,15 @@ pool
 
 from __future__ import annotations
 
-import concurrent.futures
+import _thread
 import contextlib
 import os
+import sys
 import threading
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from numba import prange, types
@@ -31,7 +34,31 @@ from fastseg_kernels.cpu.intrinsics import call_kernel
 
 numba_parallel: Any = parallel  # private parts of it are used, none without a fallback
 THREAD_SAFE_LAYERS = ("omp", "tbb")
-MAX_THREADS = 1024
+LONGEST_WAIT = 0.05
+"""Seconds until a waiting thread looks anew whether it must: a wake-up may be lost to Ctrl-C."""
+
+
+class _Pool:
+    """Threads that run what they are given, and wait for more.
+
+    It is made of C's primitives alone. Ctrl-C can come between any two steps of Python code, and
+    `concurrent.futures` is such code: left half way through a submission, its locks stay locked.
+    """
+
+    def __init__(self) -> None:
+        self._work: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._threads = 0
+
+    def submit(self, call: Callable[[], None], threads: int) -> None:
+        """Have one of up to ``threads`` threads run ``call``; RuntimeError if none can be had."""
+        if self._threads < threads:
+            _thread.start_new_thread(self._run, ())
+            self._threads += 1
+        self._work.put(call)
+
+    def _run(self) -> None:
+        while True:
+            self._work.get()()
 
 
 class _State:
@@ -39,7 +66,7 @@ class _State:
 
     def __init__(self, forked: bool) -> None:
         self.lock = threading.Lock()
-        self.pool: concurrent.futures.ThreadPoolExecutor | None = None
+        self.pool = _Pool()
         # If Numba's pool runs already, someone else started it, maybe in a parent of this process,
         # which Numba answers with SIGTERM: it is not used then. Nor is it in any forked child: if
         # another library used the same libgomp in the parent, the first parallel loop here would
@@ -150,59 +177,61 @@ def _start_numba(state: _State) -> None:
             state.numba_allowed = False
 
 
-def _python_pool(state: _State) -> concurrent.futures.ThreadPoolExecutor:
-    with state.lock:
-        if state.pool is None:  # its threads start when there is work for one more
-            state.pool = concurrent.futures.ThreadPoolExecutor(
-                MAX_THREADS, thread_name_prefix="fastseg"
-            )
-        return state.pool
-
-
-def _run_in_pool(state: _State, kernel: Kernel, job: int, bounds: list[int]) -> None:
+def _run_in_pool(
+    state: _State, kernel: Kernel, job: int, bounds: list[int], memory: object
+) -> None:
     """Run the parts between ``bounds``, each on the thread that comes first, this one or another.
 
     On return no other thread touches the job's memory, even if Ctrl-C ends the wait for the kernel.
     """
     parts = len(bounds) - 1
     owners: dict[int, object] = {}
-    finished = [threading.Event() for _ in range(parts)]
+    done = [False] * parts
+    # Raw locks, not events: those are made of Python code, which Ctrl-C can leave half way, locked.
+    gates = [_thread.allocate_lock() for _ in range(parts)]
+    for gate in gates:
+        gate.acquire()
     ours = object()  # not the thread's identity: a new thread may get that of one that ended
 
-    def work(part: int, claim: object) -> None:
+    def work(part: int, claim: object, memory: object = memory) -> None:
+        # `memory` lives as long as this does, also if Ctrl-C ends the caller's wait.
         if owners.setdefault(part, claim) is claim:  # one atomic step: nobody else begins it
             try:
                 kernel.call(job, bounds[part], bounds[part + 1])
             finally:
-                finished[part].set()
+                done[part] = True
+                gates[part].release()
 
     try:
-        # No more threads to be had, or the interpreter is shutting down: this one does the rest.
+        # No more threads to be had, or the interpreter is ending: this one does the rest.
         with contextlib.suppress(RuntimeError):
-            pool = _python_pool(state)
-            for part in range(1, parts):
-                pool.submit(work, part, object())
+            for part in range(1, 0 if sys.is_finalizing() else parts):
+                state.pool.submit(partial(work, part, object()), parts - 1)
         for part in range(parts):
             work(part, ours)
     finally:
-        _wait_for_others(owners, ours, finished)
+        _wait_for_others(owners, ours, done, gates)
 
 
 def _wait_for_others(
-    owners: dict[int, object], ours: object, finished: list[threading.Event]
+    owners: dict[int, object], ours: object, done: list[bool], gates: list[Any]
 ) -> None:
     """Wait for the parts that other threads began, and claim the rest so that nobody begins them.
 
     A second Ctrl-C does not end the wait, it is raised after it. Only this thread gets Ctrl-C, so
-    what the others began they finish.
+    what the others began they finish. (One that comes in the instant before the wait still ends it:
+    the others hold the job's memory then.)
     """
     interrupt: BaseException | None = None
-    part = 0
-    while part < len(finished):
+    part, parts = 0, len(done)
+    while True:
         try:
-            if owners.setdefault(part, ours) is not ours:
-                finished[part].wait()
-            part += 1
+            while part < parts:
+                if owners.setdefault(part, ours) is not ours:
+                    while not done[part]:
+                        gates[part].acquire(timeout=LONGEST_WAIT)
+                part += 1
+            break
         except BaseException as error:
             interrupt = error
     if interrupt is not None:
@@ -218,10 +247,11 @@ def describe() -> dict[str, Any]:
     return {"threads": get_num_threads(), "available": available_threads(), "way": way}
 
 
-def run(kernel: Kernel, job: int, tasks: int, share: bool = True) -> None:
+def run(kernel: Kernel, job: int, tasks: int, share: bool = True, memory: object = None) -> None:
     """Run ``kernel`` on ``tasks`` tasks of the job at address ``job``; return when all are done.
 
     ``share=False`` keeps work that is too small to be worth a second thread on this one.
+    ``memory`` is what owns the job and all that it points to; other threads hold it meanwhile.
     """
     parts = min(get_num_threads(), tasks) if share else 1
     if parts <= 1:
@@ -233,4 +263,5 @@ def run(kernel: Kernel, job: int, tasks: int, share: bool = True) -> None:
     if state.numba_ready:
         _driver()(kernel.address, job, tasks, parts)
         return
-    _run_in_pool(state, kernel, job, [part * tasks // parts for part in range(parts + 1)])
+    bounds = [part * tasks // parts for part in range(parts + 1)]
+    _run_in_pool(state, kernel, job, bounds, memory)

@@ -242,7 +242,7 @@ class Table:
             part.coefficients[: len(coefficients)] = coefficients
             share = part.elements >= SHARED_FROM
             kernel = update_kernel(rule, part.real)
-            threads.run(kernel, part.address, len(part.tasks), share)
+            threads.run(kernel, part.address, len(part.tasks), share, part)
 
 
 def gradient_descent(
