@@ -58,9 +58,10 @@ def imports(path: Path) -> set[str]:
 
 
 RULES = [
-    ("kernels/fastseg_kernels", ("fastseg.", "torch", "cupy", "jax")),
-    ("kernels/fastseg_kernels/reference", ("numba", "fastseg_kernels.cpu")),
-    ("kernels/fastseg_kernels/cpu", ("fastseg_kernels.reference", "fastseg_kernels.cuda")),
+    ("kernels/fastseg_kernels", ("fastseg.", "torch", "jax")),
+    ("kernels/fastseg_kernels/reference", ("numba", "cupy", "fastseg_kernels.cpu")),
+    ("kernels/fastseg_kernels/cpu", ("cupy", "fastseg_kernels.reference", "fastseg_kernels.cuda")),
+    ("kernels/fastseg_kernels/cuda", ("numba", "fastseg_kernels.reference", "fastseg_kernels.cpu")),
     ("fastseg", ("numba", "llvmlite", "cupy", "fastseg_kernels.reference")),
 ]
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
+
+from fastseg_kernels.constants import MAX_DIMS
 
 
 class Layout(NamedTuple):
@@ -76,3 +79,15 @@ def merge_axes(sizes: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> 
         tuple(size for size, _ in merged),
         tuple(tuple(step[k] for _, step in merged) for k in range(len(strides))),
     )
+
+
+def merge_layouts(layouts: Iterable[Layout]) -> Geometry:
+    """Merge the spatial axes of layouts (N, C, *spatial); ValueError if too many are left."""
+    several = list(layouts)
+    geometry = merge_axes(several[0].shape[2:], tuple(each.strides[2:] for each in several))
+    if len(geometry.sizes) > MAX_DIMS:
+        raise ValueError(
+            f"at most {MAX_DIMS} spatial axes that do not lie next to each other in memory are "
+            f"supported, got {len(geometry.sizes)}; pass contiguous copies"
+        )
+    return geometry

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from fastseg_kernels.constants import (
     FLOAT_DTYPES,
     ITEM_SIZES,
-    MAX_DIMS,
     TARGETS_AS_STORED,
     columns,
 )
@@ -24,7 +23,7 @@ from fastseg_kernels.cpu.overlap import block_length, gradient_kernel, statistic
 from fastseg_kernels.cpu.points import Variant
 from fastseg_kernels.cpu.stage import EXCLUDED_INPUT, JOB, load_kernel, store_kernel
 from fastseg_kernels.problem import Arrangement, Problem
-from fastseg_kernels.views import Geometry, Layout, View, merge_axes
+from fastseg_kernels.views import Geometry, Layout, View, merge_layouts
 
 SHARED_FROM = 16384
 """Voxels from which a second thread pays for itself: 5 us of work, against 2 us to wake it."""
@@ -69,13 +68,7 @@ def _is_run(geometry: Geometry, k: int, layout: Layout) -> bool:
 
 def fill_geometry(record: Any, layouts: dict[str, Layout]) -> Geometry:
     """Write ``layouts`` (N, C, *spatial), by their names in the job, with merged spatial axes."""
-    sizes = next(iter(layouts.values())).shape[2:]
-    geometry = merge_axes(sizes, tuple(layout.strides[2:] for layout in layouts.values()))
-    if len(geometry.sizes) > MAX_DIMS:
-        raise ValueError(
-            f"at most {MAX_DIMS} spatial axes that do not lie next to each other in memory are "
-            f"supported, got {len(geometry.sizes)}; pass contiguous copies"
-        )
+    geometry = merge_layouts(layouts.values())
     record["ndim"] = len(geometry.sizes)
     record["sizes"][: len(geometry.sizes)] = geometry.sizes
     for (name, layout), strides in zip(layouts.items(), geometry.strides, strict=True):

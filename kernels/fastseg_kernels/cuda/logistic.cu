@@ -1,0 +1,35 @@
+// The logistic function of every element: one read, one write.
+#include "operands.cuh"
+
+template <typename T>
+__device__ __forceinline__ T logistic(T x) {
+  const T e = exp_negative(magnitude(x)), large = reciprocal(T(1) + e);
+  return x >= T(0) ? large : e * large;
+}
+
+// x, out: n elements, one after the other. grid: any; block: THREADS.
+template <typename T, typename E>
+__global__ void __launch_bounds__(THREADS) sigmoid_in_place(const E* x, long long n, E* out) {
+  const long long step = 4LL * THREADS * gridDim.x;
+  for (long long i = 4 * (blockIdx.x * (long long)THREADS + threadIdx.x); i < n; i += step) {
+    if (i + 4 <= n) {
+      const Four<E> xs = read_four(x + i);
+      Four<E> qs;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) narrow(logistic(T(widened(xs.element[j]))), qs.element[j]);
+      write_four(out + i, qs);
+    } else {
+      for (long long j = i; j < n; ++j) narrow(logistic(T(widened(x[j]))), out[j]);
+    }
+  }
+}
+
+// As above, for arrays of any layout and two dtypes; one row holds all elements.
+template <typename T>
+__global__ void __launch_bounds__(THREADS) sigmoid_anywhere(const Job job) {
+  const long long step = (long long)THREADS * gridDim.x;
+  for (long long i = blockIdx.x * (long long)THREADS + threadIdx.x; i < job.voxels; i += step) {
+    const T x = read_real<T>(locate(job.logits, job, 0, 0, i), job.logits.code);
+    write_real(const_cast<char*>(locate(job.out, job, 0, 0, i)), job.out.code, logistic(x));
+  }
+}

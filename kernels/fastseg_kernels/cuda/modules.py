@@ -1,0 +1,88 @@
+"""CUDA text, and the kernels compiled from it.
+
+CuPy's cache of compiled modules knows the text that it is given and not what that includes: so a
+header's text is put in the place of its ``#include``. Constants that Python and CUDA share are
+written into ``constants.cuh`` from `fastseg_kernels.constants`.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fastseg_kernels import constants
+from fastseg_kernels.cuda.runtime import runtime
+
+THREADS = 256
+"""Of a block: four warps for each of a multiprocessor's four schedulers at half occupancy."""
+GROUP = 16
+"""Voxels that a thread adds up in float32 before it widens them, as a lane of the CPU does."""
+TYPES = {
+    "float32": "float", "float64": "double", "float16": "__half", "bfloat16": "__nv_bfloat16",
+}  # fmt: skip
+"""What CUDA calls the floating-point dtypes."""
+CHUNK = 4096
+"""Elements of a parameter update's task: four for each thread, four times."""
+OPTIONS = ("--std=c++17",)
+
+_INCLUDE = re.compile(r'#include "(\w+\.cuh)"\n')
+_FOLDER = Path(__file__).parent
+
+
+def _enum(prefix: str, names: Any) -> str:
+    entries = ", ".join(f"{prefix}_{name.upper()}" for name in names)
+    return f"enum {{ {entries} }};\n"
+
+
+def shared_constants() -> str:
+    """Return the text of ``constants.cuh``."""
+    return "".join(
+        [
+            f"constexpr int MAX_DIMS = {constants.MAX_DIMS};\n",
+            f"constexpr int THREADS = {THREADS};  // of a block\n",
+            f"constexpr int GROUP = {GROUP};  // voxels added up by a thread before widening\n",
+            f"constexpr int UPDATE_CHUNK = {CHUNK};\n",
+            f"constexpr int TARGETS_AS_STORED = {constants.TARGETS_AS_STORED};\n",
+            f"constexpr int TARGETS_NONZERO = {constants.TARGETS_NONZERO};\n",
+            f"constexpr int TARGETS_EQUAL = {constants.TARGETS_EQUAL};\n",
+            f"constexpr int COEFFICIENTS = {constants.COEFFICIENTS};\n",
+            _enum("CODE", constants.DTYPE_CODES),
+            _enum("TERM", (*constants.TERM_FIELDS, "fields")),
+            _enum("LINK", constants.LINKS),
+            _enum("EMPTY", constants.EMPTY),
+            _enum("NORMALIZE", constants.NORMALIZE),
+            _enum("REDUCTION", constants.REDUCTIONS),
+            _enum("SUM", (*constants.PICKED, "number")),
+            f"constexpr int KIND_BCE = {constants.KIND_BCE};\n",
+        ]
+    )
+
+
+@cache
+def text(file: str) -> str:
+    """Return the text of a .cu file with its headers in place, each once."""
+    seen: set[str] = set()
+
+    def read(name: str) -> str:
+        if name in seen:
+            return ""
+        seen.add(name)
+        if name == "constants.cuh":
+            return shared_constants()
+        content = (_FOLDER / name).read_text().replace("#pragma once\n", "")
+        return _INCLUDE.sub(lambda found: read(found[1]), content)
+
+    return read(file)
+
+
+@cache
+def _kernel(owner: Any, file: str, name: str) -> Any:
+    return owner.module(text(file), OPTIONS, (name,)).get_function(name)
+
+
+def kernel(file: str, name: str) -> Any:
+    """Return the kernel ``name`` of a .cu file, compiled once; a template with its arguments."""
+    owner: Any = runtime()
+    return _kernel(owner, file, name)

@@ -1,0 +1,224 @@
+// Statistics and gradient of the overlap family: the two passes over a volume.
+//
+// A task is a run of voxels of one row, its length fixed by the row's alone; a thread block takes
+// tasks in turns and writes the sums of each to a place of its own, and a second kernel adds up the
+// tasks of a row by their number. Which thread adds which voxel is fixed too. So the bits depend on
+// neither the size of the grid nor the order in which blocks come.
+#include "operands.cuh"
+
+constexpr int WARPS = THREADS / 32;
+
+// Where a task's voxels are.
+struct Run {
+  long long row, n, c, first, end;
+
+  // In 32 bits: a 64-bit division is a call, around which registers are spilt.
+  __device__ __forceinline__ Run(const Job& job, unsigned number) {
+    const unsigned in_row = unsigned(job.blocks), classes = unsigned(job.classes);
+    const unsigned which = number / in_row;
+    row = which;
+    n = which / classes;
+    c = which % classes;
+    first = number % in_row * job.block;
+    end = first + job.block < job.voxels ? first + job.block : job.voxels;
+  }
+
+  __device__ __forceinline__ const char* row_of(const Operand& o) const {
+    return o.address + n * o.stride_n + c * o.stride_c;
+  }
+};
+
+// Columns of the statistics, in the order of constants.columns; which ones there are is the
+// variant's. `invalid`, `count` and the hard counts are integers until the end.
+template <typename V>
+struct Columns {
+  static constexpr int inner = 4, bce = inner + (V::overlap ? 3 : 0);
+  static constexpr int hard = bce + (V::split ? 2 : V::bce ? 1 : 0);
+  static constexpr int number = hard + (V::hard ? 4 : 0);
+};
+
+// The sums of one thread, wide.
+template <typename V>
+struct Totals {
+  double column[Columns<V>::number];
+
+  __device__ __forceinline__ Totals() {
+    for (int k = 0; k < Columns<V>::number; ++k) column[k] = 0.0;
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void widen(const Sums<T>& s, int voxels) {
+    typedef Columns<V> At;
+    column[0] += voxels;
+    column[1] += s.count;
+    column[2] += s.invalid;
+    column[3] += double(s.target);
+    if (V::overlap) {
+      column[At::inner] += double(s.inner);
+      column[At::inner + 1] += double(s.missed);
+      column[At::inner + 2] += double(s.false_alarm);
+    }
+    if (V::bce) column[At::bce] += double(s.bce_pos + log_1p(s.product_pos));
+    if (V::split) column[At::bce + 1] += double(s.bce_neg + log_1p(s.product_neg));
+    if (V::hard) {
+      column[At::hard] += s.hits;
+      column[At::hard + 1] += s.predicted - s.hits;
+      column[At::hard + 2] += s.foreground - s.hits;
+      column[At::hard + 3] += s.undefined;
+    }
+  }
+};
+
+// Adds up a number of every thread of a block, in one order; the sum is in thread 0.
+__device__ __forceinline__ double block_sum(double value, double* buffer) {
+  for (int distance = 16; distance > 0; distance /= 2)
+    value += __shfl_down_sync(0xffffffffu, value, distance);
+  __syncthreads();  // the buffer may still be read for the column before
+  if (threadIdx.x % 32 == 0) buffer[threadIdx.x / 32] = value;
+  __syncthreads();
+  if (threadIdx.x == 0)
+    for (int warp = 1; warp < WARPS; ++warp) value += buffer[warp];
+  return value;
+}
+
+// Rows that lie in memory as they are: predictions of type E, and labels of one byte.
+template <typename V, typename E, typename T = typename V::Real>
+__device__ __forceinline__ void add_four(Sums<T>& s, const E* x, const unsigned char* p,
+                                         T threshold) {
+  const Four<E> xs = read_four(x);
+  const Four<unsigned char> ps = read_four(p);
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+    add<V>(s, Voxel<T>{T(widened(xs.element[j])), T(ps.element[j]), T(1), false}, threshold);
+}
+
+// grid: at most samples * classes * blocks; block: THREADS.
+// sums: (samples, classes, blocks, columns)
+template <typename V, typename E>
+__global__ void __launch_bounds__(THREADS)
+statistics_in_place(const Job job, double* __restrict__ sums) {
+  typedef typename V::Real T;
+  __shared__ double buffer[WARPS];
+  const T threshold = T(job.threshold);
+  for (unsigned number = blockIdx.x; number < job.tasks; number += gridDim.x) {
+    const Run run(job, number);
+    const E* x = reinterpret_cast<const E*>(run.row_of(job.logits));
+    const unsigned char* p = reinterpret_cast<const unsigned char*>(run.row_of(job.targets));
+    Totals<V> totals;
+    for (long long start = run.first; start < run.end; start += THREADS * GROUP) {
+      Sums<T> s;
+      int voxels = 0;
+#pragma unroll
+      for (int k = 0; k < GROUP; k += 4) {
+        const long long i = start + 4 * threadIdx.x + k * THREADS;
+        if (i + 4 <= run.end) {
+          add_four<V>(s, x + i, p + i, threshold);
+          voxels += 4;
+        } else {
+          for (long long j = i; j < run.end; ++j, ++voxels)
+            add<V>(s, Voxel<T>{T(widened(x[j])), T(p[j]), T(1), false}, threshold);
+        }
+      }
+      totals.widen(s, voxels);
+    }
+    for (int k = 0; k < Columns<V>::number; ++k) {
+      const double sum = block_sum(totals.column[k], buffer);
+      if (threadIdx.x == 0) sums[number * (long long)Columns<V>::number + k] = sum;
+    }
+  }
+}
+
+// As above, for every other array.
+template <typename V>
+__global__ void __launch_bounds__(THREADS)
+statistics_anywhere(const Job job, double* __restrict__ sums) {
+  typedef typename V::Real T;
+  __shared__ double buffer[WARPS];
+  const T threshold = T(job.threshold);
+  for (unsigned number = blockIdx.x; number < job.tasks; number += gridDim.x) {
+    const Run run(job, number);
+    Totals<V> totals;
+    for (long long start = run.first; start < run.end; start += THREADS * GROUP) {
+      Sums<T> s;
+      int voxels = 0;
+      for (int k = 0; k < GROUP; ++k) {
+        // The voxels, and the order, of the kernel above: the bits do not depend on the layout.
+        const long long i = start + 4 * threadIdx.x + k / 4 * (4 * THREADS) + k % 4;
+        if (i >= run.end) continue;
+        const Voxel<T> v = read_voxel<V>(job, run.n, run.c, i);
+        ++voxels;
+        if (!v.left_out) add<V>(s, v, threshold);
+      }
+      totals.widen(s, voxels);
+    }
+    for (int k = 0; k < Columns<V>::number; ++k) {
+      const double sum = block_sum(totals.column[k], buffer);
+      if (threadIdx.x == 0) sums[number * (long long)Columns<V>::number + k] = sum;
+    }
+  }
+}
+
+// Adds up the tasks of every row by their number. grid: samples * classes; block: at least columns.
+__global__ void add_tasks(const double* __restrict__ sums, long long blocks, int columns,
+                          double* __restrict__ total) {
+  const long long row = blockIdx.x;
+  const int k = threadIdx.x;
+  if (k >= columns) return;
+  double sum = 0.0;
+  for (long long block = 0; block < blocks; ++block) sum += sums[(row * blocks + block) * columns + k];
+  total[row * columns + k] = sum;
+}
+
+template <typename T>
+__device__ __forceinline__ void read_coefficients(const double* coefficients, long long row, T* k) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) k[j] = T(coefficients[row * 4 + j]);
+}
+
+// grid: at most the tasks; block: THREADS. coefficients: (samples, classes, 4). The output lies as
+// the logits do, or is the logits: no address is read once it was written.
+template <typename V, typename E>
+__global__ void __launch_bounds__(THREADS)
+gradient_in_place(const Job job, const double* __restrict__ coefficients) {
+  typedef typename V::Real T;
+  for (unsigned number = blockIdx.x; number < job.tasks; number += gridDim.x) {
+    const Run run(job, number);
+    const E* x = reinterpret_cast<const E*>(run.row_of(job.logits));
+    const unsigned char* p = reinterpret_cast<const unsigned char*>(run.row_of(job.targets));
+    E* out = reinterpret_cast<E*>(const_cast<char*>(run.row_of(job.out)));
+    T k[4];
+    read_coefficients(coefficients, run.row, k);
+    for (long long i = run.first + 4 * threadIdx.x; i < run.end; i += 4 * THREADS) {
+      if (i + 4 <= run.end) {
+        const Four<E> xs = read_four(x + i);
+        const Four<unsigned char> ps = read_four(p + i);
+        Four<E> gs;
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          narrow(slope<V>(Voxel<T>{T(widened(xs.element[j])), T(ps.element[j]), T(1), false}, k),
+                 gs.element[j]);
+        write_four(out + i, gs);
+      } else {
+        for (long long j = i; j < run.end; ++j)
+          narrow(slope<V>(Voxel<T>{T(widened(x[j])), T(p[j]), T(1), false}, k), out[j]);
+      }
+    }
+  }
+}
+
+template <typename V>
+__global__ void __launch_bounds__(THREADS)
+gradient_anywhere(const Job job, const double* __restrict__ coefficients) {
+  typedef typename V::Real T;
+  for (unsigned number = blockIdx.x; number < job.tasks; number += gridDim.x) {
+    const Run run(job, number);
+    T k[4];
+    read_coefficients(coefficients, run.row, k);
+    for (long long i = run.first + threadIdx.x; i < run.end; i += THREADS) {
+      const Voxel<T> v = read_voxel<V>(job, run.n, run.c, i);
+      // Exactly 0 where the voxel is left out, also where a coefficient is not finite.
+      const T g = v.left_out ? T(0) : slope<V>(v, k);
+      write_real(const_cast<char*>(locate(job.out, job, run.n, run.c, i)), job.out.code, g);
+    }
+  }
+}

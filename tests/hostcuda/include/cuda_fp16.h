@@ -1,0 +1,2 @@
+// Stands for the header of the CUDA toolkit.
+#include "hostcuda/halves.hpp"

@@ -1,0 +1,81 @@
+"""The contract's rows on the CUDA backend: the same tests, its kernels run on the CPU by g++.
+
+The arrays are NumPy's, and the backend is put in the CPU's place: what is tested is every kernel's
+text and every launcher. docs/cuda_without_gpu.md says what is not.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import cases
+import fastseg as fs
+import fastseg.functional
+import fastseg.losses
+import fastseg.metrics
+import fastseg.optimizers
+from fastseg_kernels import cuda
+from fastseg_kernels.cuda import runtime
+from hostcuda.runtime import HostRuntime
+from test_accuracy import (  # noqa: F401
+    test_a_confident_network_keeps_its_digits,
+    test_a_score_near_0_keeps_its_digits,
+    test_constant_logits_do_not_drift,
+    test_extreme_logits_have_their_limits,
+    test_gradient_of_bce_and_jaccard_is_within_4_ulp_of_itself,
+    test_nan_in_nan_out,
+    test_tversky_of_a_network_that_is_sure_and_wrong,
+)
+from test_contract import *  # noqa: F403
+from test_exclusion import *  # noqa: F403
+from test_metrics import *  # noqa: F403
+from test_optimizers import *  # noqa: F403
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None and os.environ.get("CI") is None,
+    reason="the CUDA kernels are run on the CPU by g++, which is not installed",
+)
+HOST = HostRuntime()
+PLACES = (fastseg.losses, fastseg.functional, fastseg.metrics)
+
+
+@pytest.fixture(autouse=True)
+def in_the_place_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the public package compute by the CUDA backend on the stand-in for a device."""
+    for module in PLACES:
+        monkeypatch.setattr(module, "backend_of", lambda device: cuda)
+    monkeypatch.setattr(fastseg.optimizers, "cpu", lambda: cuda)
+    runtime.use(HOST)
+    yield
+    runtime.use(None)
+
+
+@pytest.fixture(autouse=True)
+def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the threads of a block, and the blocks, forward, reverse or shuffled.
+
+    Each row has one of them, by its name; test_bits_depend_on_no_order has them all.
+    """
+    number = zlib.crc32(request.node.name.encode()) % 3
+    monkeypatch.setenv("HOSTCUDA_ORDER", ("0", "1", "5")[number])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
+@pytest.mark.parametrize("target", [np.uint8, np.float32])
+def test_bits_depend_on_no_order(monkeypatch, dtype, target):
+    """Nor on how many blocks there are, nor on how many run at once."""
+    logits, targets = cases.make((2, 2, 20_011), dtype, target)
+    loss, answers = fs.BCE() + fs.SoftJaccard(), []
+    for order, workers, processors in (("0", "1", 1), ("1", "2", 3), ("9", "3", 100)):
+        monkeypatch.setenv("HOSTCUDA_ORDER", order)
+        monkeypatch.setenv("HOSTCUDA_WORKERS", workers)
+        monkeypatch.setattr(HOST, "multiprocessors", lambda n=processors: n)
+        value, grad, s = loss.evaluate(logits, targets, track=("hard",))
+        answers.append((float(value), grad.tobytes(), s.array.tobytes()))
+    assert answers[0] == answers[1] == answers[2]

@@ -1,0 +1,49 @@
+"""The CUDA kernels under the sanitizers, on sizes that leave tails, in layouts with strides.
+
+test_hostcuda.py proves that planted bugs are found this way.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from test_hostcuda import LIBRARIES, pytestmark, sanitized  # noqa: F401
+
+PROGRAM = """
+import sys
+import numpy as np
+import fastseg as fs
+import fastseg.functional, fastseg.losses, fastseg.metrics, fastseg.optimizers
+from fastseg_kernels import cuda
+from hostcuda.runtime import HostRuntime
+
+cuda.runtime.use(HostRuntime())
+for module in (fs.losses, fs.functional, fs.metrics):
+    module.backend_of = lambda device: cuda
+fs.optimizers.cpu = lambda: cuda
+
+rng = np.random.default_rng(0)
+loss = fs.BCE() + fs.SoftJaccard()
+for shape in sys.argv[1:]:
+    shape = tuple(map(int, shape.split("x")))
+    x = rng.standard_normal(shape).astype(np.float32)
+    t = (rng.random(shape) < 0.3).astype(np.uint8)
+    out = np.empty_like(x)
+    loss.value_and_grad(x, t, out=out)
+    loss.value_and_grad(x, t, mask=t == t, out=np.empty_like(x.T).T)
+    fs.sigmoid(x, out=out)
+    fs.sigmoid(x[..., ::2])
+    fs.jaccard_index(t[:, 0], t[:, 0], empty=1.0)
+    opt = fs.Adam([x, out], lr=0.1)
+    opt.step([np.ones_like(x), np.ones_like(x)], zero_grads=True)
+print("clean")
+"""
+
+
+@pytest.mark.parametrize(
+    ("sanitize", "shapes"),
+    [("address,undefined", ("1x1x1", "2x3x5x7", "1x2x4099")), ("thread", ("2x1x4099",))],
+)
+def test_kernels_are_clean(sanitize, shapes):
+    done = sanitized(sanitize, *shapes, program=PROGRAM)
+    assert (done.returncode, done.stdout.strip()) == (0, "clean"), done.stderr[-3000:]
