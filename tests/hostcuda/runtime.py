@@ -25,8 +25,8 @@ class HostRuntime:
         return array
 
     def array(self, values: Any) -> np.ndarray:
-        """Return the array itself, contiguous."""
-        return np.ascontiguousarray(values)
+        """Return a copy, as a device's memory holds one."""
+        return np.array(values, order="C", copy=True)
 
     def address(self, array: np.ndarray) -> int:
         """Return where it lies."""

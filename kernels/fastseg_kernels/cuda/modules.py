@@ -1,8 +1,8 @@
 """CUDA text, and the kernels compiled from it.
 
-CuPy's cache of compiled modules knows the text that it is given and not what that includes: so a
-header's text is put in the place of its ``#include``. Constants that Python and CUDA share are
-written into ``constants.cuh`` from `fastseg_kernels.constants`.
+A header's text is put in the place of its ``#include``: what CuPy remembers of compiled modules, it
+remembers by the text that it is given and not by what that includes. Constants that Python and CUDA
+share are written into ``constants.cuh`` from `fastseg_kernels.constants`.
 """
 
 from __future__ import annotations

@@ -158,15 +158,20 @@ statistics_anywhere(const Job job, double* __restrict__ sums) {
   }
 }
 
-// Adds up the tasks of every row by their number. grid: samples * classes; block: at least columns.
-__global__ void add_tasks(const double* __restrict__ sums, long long blocks, int columns,
-                          double* __restrict__ total) {
-  const long long row = blockIdx.x;
-  const int k = threadIdx.x;
-  if (k >= columns) return;
-  double sum = 0.0;
-  for (long long block = 0; block < blocks; ++block) sum += sums[(row * blocks + block) * columns + k];
-  total[row * columns + k] = sum;
+// Adds up the tasks of every row, each thread those of its numbers. grid: samples * classes; block:
+// THREADS.
+__global__ void __launch_bounds__(THREADS)
+add_tasks(const double* __restrict__ sums, long long blocks, int columns,
+          double* __restrict__ total) {
+  __shared__ double buffer[WARPS];
+  const double* of_row = sums + blockIdx.x * blocks * columns;
+  for (int k = 0; k < columns; ++k) {
+    double sum = 0.0;
+    for (long long task = threadIdx.x; task < blocks; task += THREADS)
+      sum += of_row[task * columns + k];
+    sum = block_sum(sum, buffer);
+    if (threadIdx.x == 0) total[blockIdx.x * (long long)columns + k] = sum;
+  }
 }
 
 template <typename T>

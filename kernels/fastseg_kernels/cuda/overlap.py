@@ -128,7 +128,7 @@ def statistics(problem: Problem, families: frozenset[str]) -> Any:
     pass_ = kernel(FILE, _name(plan, "statistics", families))
     pass_((blocks_for(plan.tasks),), (THREADS,), (job, sums))
     rows = samples * classes
-    kernel(FILE, "add_tasks")((rows,), (32,), (sums, plan.blocks, np.int32(width), total))
+    kernel(FILE, "add_tasks")((rows,), (THREADS,), (sums, plan.blocks, np.int32(width), total))
     return total
 
 

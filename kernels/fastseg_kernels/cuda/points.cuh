@@ -49,7 +49,14 @@ __device__ __forceinline__ void add_logits(Sums<T>& s, T x, T p, T w) {
       s.false_alarm += w * other * q;
     }
   }
-  if (V::split) {
+  if (V::split && V::binary) {
+    const bool is_target = p != T(0);
+    const T e_pos = is_target ? e : T(0), e_neg = is_target ? T(0) : e;
+    s.product_pos = fused(s.product_pos, e_pos, s.product_pos + e_pos);
+    s.product_neg = fused(s.product_neg, e_neg, s.product_neg + e_neg);
+    s.bce_pos += is_target && x < T(0) ? size : T(0);
+    s.bce_neg += !is_target && positive ? size : T(0);
+  } else if (V::split) {
     const T rest = log_1p(e);
     if (p != T(0)) s.bce_pos += w * p * ((x < T(0) ? size : T(0)) + rest);
     if (other != T(0)) s.bce_neg += w * other * ((x > T(0) ? size : T(0)) + rest);

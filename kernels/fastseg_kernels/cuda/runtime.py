@@ -19,7 +19,7 @@ class Runtime(Protocol):
         """Return a new array of the device."""
 
     def array(self, values: Any) -> Any:
-        """Return a copy, on the device, of an array of the host; one of the device as it is."""
+        """Return a C-contiguous array of the device with the same values; as it is if it is one."""
 
     def address(self, array: Any) -> int:
         """Return where an array of the device lies."""
@@ -46,7 +46,7 @@ class CuPy:
 
     def array(self, values: Any) -> Any:
         """Copy to the device, on the current stream."""
-        return self._cupy.asarray(values)
+        return self._cupy.ascontiguousarray(self._cupy.asarray(values))
 
     def address(self, array: Any) -> int:
         """Return the device pointer."""
