@@ -11,6 +11,7 @@ Importing it imports NumPy and nothing else: a backend is loaded by the first ca
 """
 
 from fastseg.config import get_num_threads, set_num_threads, show_config
+from fastseg.dispatch import backend_name
 from fastseg.functional import sigmoid
 from fastseg.losses import Loss
 from fastseg.metrics import dice_score, jaccard_index, stat_scores
@@ -34,6 +35,7 @@ __all__ = [
     "Statistics",
     "Term",
     "Tversky",
+    "backend_name",
     "concatenate_statistics",
     "dice_score",
     "get_num_threads",

@@ -1,14 +1,15 @@
 """Which backend computes: one Protocol that every backend satisfies, and the choice between them.
 
-A backend is a package under ``fastseg_kernels`` that exports the functions of `Backend`; the
-dispatcher hands back the package itself, so a type checker fails where one is missing. It is
+A backend is a package under ``fastseg_kernels`` that exports the functions of `Backend`, or an
+object that has them as methods, as the CUDA one: there is one for each device and array library.
+Either is what the dispatcher hands back, so a type checker fails where a function is missing. It is
 imported on the first call that needs it: ``import fastseg`` imports neither Numba nor CuPy.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from fastseg.libraries import Library
     from fastseg_kernels.problem import Evaluation, Problem
+    from fastseg_kernels.updates import Rule
     from fastseg_kernels.views import View
 
 
@@ -29,26 +32,40 @@ class UpdateTable(Protocol):
     def set_grads(self, grads: Sequence[View]) -> None:
         """Point the table at the gradients of this step."""
 
+    def update(self, rule: Rule, step: int, lr: Any, grad_scale: Any, zero_grads: bool) -> None:
+        """Update parameters and states in place; ``step`` is 1 at the first.
+
+        ``lr`` and ``grad_scale`` are numbers, or views of one number in the backend's memory.
+        """
+
 
 class Backend(Protocol):
-    """What ``fastseg_kernels.cpu`` exports, and what a backend for another device must."""
+    """What ``fastseg_kernels.cpu`` exports, and what a backend for another device must.
 
-    def statistics(self, problem: Problem, families: frozenset[str]) -> NDArray[np.float64]:
+    Arrays that a backend makes (sums, coefficients, states) are its own: NumPy's on the CPU.
+    """
+
+    def statistics(self, problem: Problem, families: frozenset[str]) -> Any:
         """Return the sums of every row, float64 (N, C, K)."""
 
-    def gradient(self, problem: Problem, coefficients: NDArray[np.float64], out: View) -> None:
+    def gradient(self, problem: Problem, coefficients: Any, out: View) -> None:
         """Write the gradient to ``out``."""
 
     def evaluate(
         self,
         terms: NDArray[np.float64],
         class_weights: NDArray[np.float64],
-        sums: NDArray[np.float64],
+        sums: Any,
         columns: NDArray[np.int64],
         reduction: int,
-        scale: NDArray[np.float64],
+        scale: Any,
+        dtype: str = "float64",
     ) -> Evaluation:
-        """Return the value of a table of terms and the coefficients of its gradient."""
+        """Return the value of a table of terms and the coefficients of its gradient.
+
+        ``scale`` is a number, float64 (N, C), or a view of either in the backend's memory;
+        ``dtype`` is that of the value where it is made for the caller (not on the CPU).
+        """
 
     def sigmoid(self, x: View, out: View) -> None:
         """Write the logistic function of ``x`` to ``out``."""
@@ -56,63 +73,21 @@ class Backend(Protocol):
     def count_labels(self, problem: Problem, num_classes: int) -> NDArray[np.float64]:
         """Return (true positives, predicted, true, valid) of label volumes, (N, num_classes, 4)."""
 
-    def update_table(self, params: Sequence[View], states: Sequence[Sequence[View]]) -> UpdateTable:
-        """Make the table that the four updates below take."""
+    def update_table(self, params: Sequence[View], states: Sequence[Sequence[Any]]) -> UpdateTable:
+        """Make the table that updates the parameters, with states that `state_like` made."""
 
-    def gradient_descent(
-        self,
-        table: Any,
-        lr: float,
-        *,
-        weight_decay: float,
-        grad_scale: float,
-        zero_grads: bool,
-    ) -> None:
-        """Update the parameters of ``table`` in place."""
+    def state_like(self, param: View, k: int) -> Any:
+        """Return zeros for an optimiser's state ``k``: (elements,), in memory order."""
 
-    def momentum(
-        self,
-        table: Any,
-        lr: float,
-        gamma: float,
-        nesterov: bool = False,
-        *,
-        weight_decay: float,
-        grad_scale: float,
-        zero_grads: bool,
-    ) -> None:
-        """Update parameters and velocities in place, in the source's form."""
+    def to_host(self, array: Any) -> NDArray[Any]:
+        """Return an array of the backend's as a NumPy array."""
 
-    def momentum_pytorch(
-        self,
-        table: Any,
-        first: bool,
-        lr: float,
-        gamma: float,
-        dampening: float = 0.0,
-        nesterov: bool = False,
-        *,
-        weight_decay: float,
-        grad_scale: float,
-        zero_grads: bool,
-    ) -> None:
-        """Update parameters and buffers in place, in PyTorch's form."""
+    def from_host(self, array: Any, values: NDArray[Any]) -> None:
+        """Write values to an array of the backend's."""
 
-    def adam(
-        self,
-        table: Any,
-        step: int,
-        lr: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        *,
-        weight_decay: float,
-        decoupled: bool,
-        grad_scale: float,
-        zero_grads: bool,
-    ) -> None:
-        """Update parameters and moments in place."""
+
+class Threads(Protocol):
+    """What the CPU backend exports beside that."""
 
     def set_num_threads(self, count: int | None) -> None:
         """Set how many threads a call may use; None returns to the default."""
@@ -124,8 +99,12 @@ class Backend(Protocol):
         """Return what ``fastseg info`` prints of the backend."""
 
 
+class CPU(Backend, Threads, Protocol):
+    """The CPU backend."""
+
+
 @cache
-def cpu() -> Backend:
+def cpu() -> CPU:
     """Return the CPU backend (Numba)."""
     import fastseg_kernels.cpu as backend
 
@@ -133,8 +112,41 @@ def cpu() -> Backend:
 
 
 @cache
-def backend_of(device: str) -> Backend:
-    """Return the backend that computes on ``device``, the name that `Library.device` gives."""
-    if device != "cpu":
-        raise TypeError(f"this version computes on the CPU only, got an array on {device}")
-    return cpu()
+def _on_device(library: str, device: str) -> Backend:
+    if device == "cpu":
+        return cpu()
+    from fastseg_kernels.cuda import backend
+
+    kind, _, index = device.partition(":")
+    assert kind == "cuda", device  # libraries refuse arrays of other devices
+    return backend(library, int(index))
+
+
+def backend_of(library: Library, array: Any) -> Backend:
+    """Return the backend that computes where ``array`` is, with the memory of its library."""
+    return _on_device(library.allocator, library.device(array))
+
+
+def backend_name(array: Any) -> Literal["cpu", "cuda"]:
+    """Return which backend computes on an array: the one of the device that holds it.
+
+    Parameters
+    ----------
+    array
+        A NumPy or CuPy array, a PyTorch tensor, or an object with ``__cuda_array_interface__``.
+
+    Raises
+    ------
+    TypeError
+        For anything else, and for tensors of other devices.
+
+    Examples
+    --------
+    >>> import numpy as np, fastseg as fs
+    >>> fs.backend_name(np.zeros(3))
+    'cpu'
+    """
+    from fastseg.libraries import library_of
+
+    library = library_of(array, "array")
+    return "cpu" if library.device(array) == "cpu" else "cuda"

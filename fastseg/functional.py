@@ -37,12 +37,11 @@ def sigmoid(x: Any, out: Any = None) -> Any:
     >>> fs.sigmoid(np.array([0.0, 1.0])).round(4).tolist()
     [0.5, 0.7311]
     """
-    library = library_of(x, "x")
+    result = library_of(x, "x").empty_like(x) if out is None else out
+    library = common_library(x, "x", out=result)
     source = library.view(x, "x")
     if source.dtype not in FLOAT_DTYPES:
         raise TypeError(f"x must be floating point, got {source.dtype}")
-    result = library.empty_like(x) if out is None else out
-    common_library(x, "x", out=result)
     target = library.view(result, "out", writable=True)
     if target.shape != source.shape:
         raise ValueError(f"out must have the shape of x, {source.shape}, got {target.shape}")
@@ -51,7 +50,7 @@ def sigmoid(x: Any, out: Any = None) -> Any:
         check_distinct(target.layout)
         if share_memory(source.address, source.layout, target.address, target.layout):
             raise ValueError("out must not overlap x in memory (it may be x itself)")
-    backend_of(library.device(x)).sigmoid(source, target)
+    backend_of(library, x).sigmoid(source, target)
     if out is not None:
         library.written(out)
     return result

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fastseg.dispatch import Backend, backend_of
 from fastseg_kernels.constants import DTYPE_CODES
 from fastseg_kernels.views import Layout, View
 
@@ -22,6 +23,8 @@ class Library(Protocol):
     """What fastseg asks of an array library."""
 
     name: str
+    allocator: str
+    """Whose memory and stream the CUDA backend uses: "cupy" or "torch"."""
 
     def view(self, array: Any, name: str, *, writable: bool = False) -> View:
         """Describe ``array`` (the argument called ``name``) without copying it."""
@@ -30,10 +33,13 @@ class Library(Protocol):
         """Allocate an array of the same shape, dtype, device and memory order."""
 
     def array(self, values: Any, dtype: str, like: Any) -> Any:
-        """Make an array with ``dtype`` on the device of ``like``; a scalar of a NumPy scalar."""
+        """Make an array with ``dtype`` of NumPy's ``values``, or of an array of its allocator's.
 
-    def device(self, array: Any) -> str:
-        """Name the device that holds ``array``."""
+        It is on the device of ``like``, and a scalar of the library where ``values`` is 0-d.
+        """
+
+    def device(self, array: Any, name: str = "array") -> str:
+        """Name the device that holds ``array``: "cpu", or "cuda:" and its index."""
 
     def written(self, array: Any) -> None:
         """Be told that ``array`` was changed in place."""
@@ -70,7 +76,7 @@ _SCALARS = {"float32": np.float32, "float64": np.float64}  # astype takes twice 
 class NumPy:
     """`numpy.ndarray`, memory maps included."""
 
-    name = "numpy"
+    name, allocator = "numpy", "numpy"
 
     def view(self, array: Any, name: str, *, writable: bool = False) -> View:
         """Describe an array; every layout, byte order and read-only arrays are accepted."""
@@ -94,7 +100,7 @@ class NumPy:
         """Convert."""
         return _SCALARS[dtype](values) if values.ndim == 0 else values.astype(dtype)
 
-    def device(self, array: Any) -> str:
+    def device(self, array: Any, name: str = "array") -> str:
         """Return "cpu"."""
         return "cpu"
 
@@ -103,9 +109,9 @@ class NumPy:
 
 
 class Torch:
-    """`torch.Tensor` on the CPU, subclasses such as MONAI's MetaTensor included."""
+    """`torch.Tensor` on the CPU or a GPU, subclasses such as MONAI's MetaTensor included."""
 
-    name = "torch"
+    name, allocator = "torch", "torch"
 
     def __init__(self) -> None:
         self._torch = sys.modules["torch"]
@@ -119,11 +125,7 @@ class Torch:
         torch = self._torch
         if hasattr(array, "to_local"):
             raise TypeError(f"{name} is a DTensor; pass its local part, {name}.to_local()")
-        if array.device.type != "cpu":
-            raise TypeError(
-                f"{name} is on {array.device}: this version computes on the CPU only; "
-                f"pass {name}.cpu()"
-            )
+        self.device(array, name)
         if array.layout is not torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got layout {array.layout}")
         if array.requires_grad and torch.is_grad_enabled():
@@ -152,6 +154,8 @@ class Torch:
             )
         size = array.element_size()
         strides = tuple([step * size for step in array.stride()])
+        if address % size and array.is_cuda:
+            raise _misaligned(name, size)
         return View(address, Layout(shape, strides, kind), array)
 
     def empty_like(self, array: Any) -> Any:
@@ -168,21 +172,163 @@ class Torch:
         dtype = getattr(self._torch, dtype)
         return self._torch.as_tensor(values, dtype=dtype, device=like.device)
 
-    def device(self, array: Any) -> str:
-        """Return the device, as "cpu" or "cuda:0"."""
-        return str(array.device)
+    def device(self, array: Any, name: str = "array") -> str:
+        """Return "cpu" or "cuda:0"; other devices have no backend."""
+        device = array.device
+        if device.type == "cpu":
+            return "cpu"
+        if device.type != "cuda" or self._torch.version.hip:
+            kind = "an AMD GPU" if device.type == "cuda" else device
+            raise TypeError(
+                f"{name} is on {kind}: fastseg computes on the CPU and on NVIDIA GPUs; pass "
+                f"{name}.cpu()"
+            )
+        return f"cuda:{device.index}"
 
     def written(self, array: Any) -> None:
-        """Tell autograd, which would else go on with what was saved before."""
+        """Bump the version counter, by which autograd notices that a saved tensor changed."""
         self._torch.autograd.graph.increment_version(array)
 
 
-# Libraries by the top-level module of the array's class, each made on first use.
-_LIBRARIES: dict[str, Callable[[], Library]] = {"numpy": NumPy, "torch": Torch}
+def _misaligned(name: str, size: int) -> ValueError:
+    return ValueError(
+        f"{name} must be aligned to its elements on a GPU, got an address or a stride that is no "
+        f"multiple of {size} bytes; pass a copy"
+    )
+
+
+class CuPy:
+    """`cupy.ndarray`."""
+
+    name, allocator = "cupy", "cupy"
+
+    def __init__(self) -> None:
+        self._cupy = sys.modules["cupy"]
+
+    def view(self, array: Any, name: str, *, writable: bool = False) -> View:
+        """Describe an array; every layout is accepted."""
+        layout = _LAYOUTS.get((array.dtype, array.shape, array.strides))
+        if layout is None:
+            layout = _numpy_layout(array, name)
+        address, size = array.data.ptr, array.dtype.itemsize
+        if address % size or any(step % size for step in layout.strides):
+            raise _misaligned(name, size)
+        return View(address, layout, array)
+
+    def empty_like(self, array: Any) -> Any:
+        """Allocate in the same memory order, on the array's device."""
+        with array.device:
+            return self._cupy.empty_like(array, order="K", subok=False)
+
+    def array(self, values: Any, dtype: str, like: Any) -> Any:
+        """Convert."""
+        if isinstance(values, self._cupy.ndarray):
+            return values.astype(dtype, copy=False)
+        with like.device:
+            return self._cupy.asarray(values, dtype=dtype)
+
+    def device(self, array: Any, name: str = "array") -> str:
+        """Return "cuda:0"."""
+        return f"cuda:{array.device.id}"
+
+    def written(self, array: Any) -> None:
+        """Do nothing: CuPy keeps no count of writes."""
+
+
+class CUDAArray:
+    """Anything with ``__cuda_array_interface__``, as Numba's device arrays; answers are CuPy's.
+
+    An array that names a stream may still be written to by it, or be read by it afterwards: calls
+    are ordered after what the stream has been given, and the stream after an output was written.
+    """
+
+    name, allocator = "__cuda_array_interface__", "cupy"
+
+    def __init__(self) -> None:
+        from fastseg_kernels.cuda.installation import cupy_module
+
+        self._cupy = cupy_module()
+
+    def _interface(self, array: Any, name: str) -> dict[str, Any]:
+        interface: dict[str, Any] = array.__cuda_array_interface__
+        if interface.get("mask") is not None:
+            raise TypeError(f"{name} has a mask in its __cuda_array_interface__; pass it as mask=")
+        return interface
+
+    def view(self, array: Any, name: str, *, writable: bool = False) -> View:
+        """Describe an array, and order the current stream after the array's."""
+        interface = self._interface(array, name)
+        dtype, (address, read_only) = np.dtype(interface["typestr"]), interface["data"]
+        if dtype.name not in DTYPE_CODES:
+            raise TypeError(
+                f"{name} must have one of the dtypes {', '.join(DTYPE_CODES)}, got {dtype}"
+            )
+        if writable and read_only:
+            raise ValueError(f"{name} must be writable, got a read-only array")
+        shape, strides = tuple(interface["shape"]), interface.get("strides")
+        if strides is None:
+            strides = _c_strides(shape, dtype.itemsize)
+        address = address or 0
+        if any(number % dtype.itemsize for number in (address, *strides)):
+            raise _misaligned(name, dtype.itemsize)
+        if interface.get("stream"):
+            self._order(interface["stream"], self._current(array))
+        return View(address, Layout(shape, tuple(strides), dtype.name), array)
+
+    def _current(self, array: Any) -> int:
+        return int(self._cupy.cuda.get_current_stream(self._index(array)).ptr)
+
+    def _order(self, first: int, second: int) -> None:
+        """Let what a stream is given from now on wait for what another was given until now."""
+        if first == second:
+            return
+        event = self._cupy.cuda.Event(disable_timing=True)
+        self._cupy.cuda.runtime.eventRecord(event.ptr, first)
+        self._cupy.cuda.runtime.streamWaitEvent(second, event.ptr)
+
+    def _index(self, array: Any) -> int:
+        address = array.__cuda_array_interface__["data"][0]
+        if not address:  # no elements
+            return int(self._cupy.cuda.runtime.getDevice())
+        return int(self._cupy.cuda.runtime.pointerGetAttributes(address).device)
+
+    def empty_like(self, array: Any) -> Any:
+        """Allocate a CuPy array in the same memory order, on the array's device."""
+        view = self.view(array, "array")
+        order = sorted(range(len(view.shape)), key=lambda axis: -abs(view.strides[axis]))
+        with self._cupy.cuda.Device(self._index(array)):
+            plain = self._cupy.empty([view.shape[axis] for axis in order], view.dtype)
+        return plain.transpose([order.index(axis) for axis in range(len(order))])
+
+    def array(self, values: Any, dtype: str, like: Any) -> Any:
+        """Return a CuPy array."""
+        if isinstance(values, self._cupy.ndarray):
+            return values.astype(dtype, copy=False)
+        with self._cupy.cuda.Device(self._index(like)):
+            return self._cupy.asarray(values, dtype=dtype)
+
+    def device(self, array: Any, name: str = "array") -> str:
+        """Ask the driver."""
+        return f"cuda:{self._index(array)}"
+
+    def written(self, array: Any) -> None:
+        """Order the array's stream after the current one."""
+        stream = array.__cuda_array_interface__.get("stream")
+        if stream:
+            self._order(self._current(array), stream)
+
+
+def _c_strides(shape: tuple[int, ...], item: int) -> tuple[int, ...]:
+    strides = [item]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides)) if shape else ()
+
+
+_LIBRARIES: dict[str, Callable[[], Library]] = {"numpy": NumPy, "torch": Torch, "cupy": CuPy}
 _ADVICE = {
     "dask": "pass it chunk by chunk: statistics of chunks add up (see Statistics)",
     "zarr": "pass it chunk by chunk: statistics of chunks add up (see Statistics)",
-    "cupy": "this version computes on the CPU only; pass cupy.asnumpy(...)",
     "jax": "this version does not read JAX arrays; pass numpy.asarray(...)",
     "jaxlib": "this version does not read JAX arrays; pass numpy.asarray(...)",
     "builtins": "pass numpy.asarray(...)",
@@ -202,21 +348,61 @@ def _library_of_class(cls: type) -> Library | None:
             continue  # numpy scalars and numpy.matrixlib helpers are not arrays
         if key in _LIBRARIES:
             return _instance(key)
-    return None
+        if key in _ADVICE and key != "builtins":
+            return None  # JAX's arrays have the interface, but may not be written to
+    return _cuda_array() if hasattr(cls, "__cuda_array_interface__") else None
+
+
+@cache
+def _cuda_array() -> Library:
+    return CUDAArray()
+
+
+def library_or_none(array: Any) -> Library | None:
+    """Return the library of ``array``, or None if it is no array that can be read."""
+    cls: Any = type(array)
+    return _library_of_class(cls)
 
 
 def library_of(array: Any, name: str) -> Library:
     """Return the library of ``array``, the argument called ``name``; TypeError if it is none."""
-    cls: Any = type(array)
-    library = _library_of_class(cls)
+    library = library_or_none(array)
     if library is None:
         modules = [base.__module__.partition(".")[0] for base in type(array).__mro__]
         advice = next(
             (_ADVICE[key] for key in modules if key in _ADVICE), "pass numpy.asarray(...)"
         )
         kind = f"{type(array).__module__}.{type(array).__qualname__}".removeprefix("builtins.")
-        raise TypeError(f"{name} must be a NumPy array or a torch tensor, got {kind}: {advice}")
+        raise TypeError(
+            f"{name} must be an array of NumPy, CuPy or PyTorch, or have __cuda_array_interface__, "
+            f"got {kind}: {advice}"
+        )
     return library
+
+
+def device_number(backend: Backend, value: Any, name: str) -> View | None:
+    """Describe a number, or several, in the memory of ``backend``; None: ``value`` is on the host.
+
+    A number on another device is refused: fetching it would wait for that device.
+    """
+    library = None if isinstance(value, float | int | np.generic) else library_or_none(value)
+    if library is None or library.device(value) == "cpu":
+        return None
+    if backend_of(library, value) is not backend:
+        raise TypeError(
+            f"{name} must be a number, or on the device and of the library of the other arrays, "
+            f"got {library.name} on {library.device(value)}"
+        )
+    return library.view(value.detach() if library.name == "torch" else value, name)
+
+
+def check_together(library: Library, name: str, other: Library, other_name: str) -> None:
+    """Refuse two arrays of different libraries, unless both are in CuPy's hands."""
+    if library is not other and not library.allocator == other.allocator == "cupy":
+        raise TypeError(
+            f"{name} and {other_name} must come from one library, got {library.name} and "
+            f"{other.name}"
+        )
 
 
 def common_library(first: Any, first_name: str, **others: Any) -> Library:
@@ -228,13 +414,11 @@ def common_library(first: Any, first_name: str, **others: Any) -> Library:
             continue  # the usual case, without the questions below
         other = library_of(array, name)
         if other is not library:
+            check_together(library, first_name, other, name)
+            library = _cuda_array()  # which reads CuPy's arrays too
+        where, other_place = library.device(first, first_name), library.device(array, name)
+        if where != other_place:
             raise TypeError(
-                f"{first_name} and {name} must come from one library, got {library.name} and "
-                f"{other.name}"
-            )
-        if library.device(array) != library.device(first):
-            raise TypeError(
-                f"{first_name} and {name} must be on one device, got {library.device(first)} and "
-                f"{library.device(array)}"
+                f"{first_name} and {name} must be on one device, got {where} and {other_place}"
             )
     return library

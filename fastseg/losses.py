@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastseg.dispatch import Backend, backend_of
-from fastseg.libraries import Library
+from fastseg.dispatch import Backend, backend_of, cpu
+from fastseg.libraries import Library, device_number, library_of
 from fastseg.options import DEFAULTS, Options
 from fastseg.problems import check_out, make_problem, raise_for_invalid
-from fastseg.statistics import Statistics, picks, require
+from fastseg.statistics import OnDevice, Statistics, picks, require
 from fastseg_kernels.constants import BASE_COLUMNS, FAMILY_COLUMNS, REDUCTIONS, columns
 from fastseg_kernels.problem import Evaluation, Problem
+from fastseg_kernels.views import View
 
 if TYPE_CHECKING:
     from fastseg.terms import Term
@@ -41,7 +41,8 @@ class Loss:
 
     Calling the loss is the first two, `value_and_grad` and `evaluate` are all three.
 
-    Arrays are NumPy arrays or CPU tensors of PyTorch; answers are of the same library. Logits are
+    Arrays are of NumPy, CuPy or PyTorch, or have ``__cuda_array_interface__`` (answers are CuPy's
+    then); answers are of the same library and on the same device. Logits are
     (N, C, *spatial), or as ``layout`` says, of dtype float32, float64, float16 or bfloat16.
     Targets have the same shape (the class axis may be absent for one class) and any boolean,
     integer or floating dtype. ``mask`` (boolean or integer, 0 leaves a voxel out) and
@@ -54,7 +55,9 @@ class Loss:
     TypeError
         For arrays of a wrong kind, dtype, library or device.
     ValueError
-        For wrong shapes and options, and for targets outside the allowed values.
+        For wrong shapes and options, and for targets outside the allowed values. On a GPU, where
+        nothing waits for the voxels to be read, such targets make the value and the gradient NaN,
+        and `Statistics.check` raises.
 
     Examples
     --------
@@ -158,16 +161,17 @@ class Loss:
             Names of the samples; ``+`` joins statistics of equal names only.
         """
         library, problem = self._problem(logits, targets, mask, weight_map)
-        families = self.families(track)
-        sums = self._sums(backend_of(library.device(logits)), problem, families)
-        return Statistics._made(sums, columns(families), samples)
+        families, backend = self.families(track), backend_of(library, logits)
+        sums = self._sums(backend, problem, families)
+        return Statistics._made(sums, columns(families), samples, backend)
 
-    def value(self, s: Statistics) -> np.float64 | NDArray[np.float64]:
+    def value(self, s: Statistics) -> Any:
         """Return the loss of the voxels that ``s`` sums up: float64, (N, C) for reduction "none".
 
-        ``s`` must hold at least the families that the terms need.
+        ``s`` must hold at least the families that the terms need. The answer is NumPy's; for the
+        statistics of arrays on a GPU it is an array of their library, on their device.
         """
-        return self._reduced(self._evaluate(s.array, s.names, 1.0).value)
+        return self._value_of(s, "float64")
 
     def gradient(
         self,
@@ -203,7 +207,7 @@ class Loss:
         """
         library, problem = self._problem(logits, targets, mask, weight_map)
         samples, classes = problem.shape[:2]
-        total, known = s.array.shape[:2]
+        total, known = s.shape
         chosen = range(total)[slice(None) if rows is None else rows]
         if len(chosen) != samples or known != classes:
             raise ValueError(
@@ -211,16 +215,16 @@ class Loss:
                 f"{len(chosen)} and {known}"
                 + ("" if rows is not None else "; rows= says which samples of a larger s they are")
             )
-        coefficients = self._evaluate(s.array, s.names, grad_scale).coefficients[
-            chosen.start : chosen.stop
-        ]
         if rows is not None and chosen.step != 1:
             raise ValueError(f"rows must be a slice of step 1, got {rows}")
         grad = library.empty_like(logits) if out is None else out
         view = check_out(grad, library, problem, self.options.layout)
-        backend_of(library.device(logits)).gradient(problem, coefficients, view)
+        backend = backend_of(library, logits)
+        result = self._evaluate(backend, s._sums_for(backend), s.names, grad_scale)
+        coefficients = result.coefficients[chosen.start : chosen.stop]
+        backend.gradient(problem, coefficients, view)
         if out is not None:
-            library.written(out)
+            library_of(out, "out").written(out)
         return grad
 
     # Together
@@ -234,10 +238,11 @@ class Loss:
         ``compute_dtype`` in `fastseg.Options`).
         """
         library, problem = self._problem(logits, targets, mask, weight_map)
-        families = self.families()
-        sums = self._sums(backend_of(library.device(logits)), problem, families)
-        value = self._evaluate(sums, columns(families), 1.0).value
-        return self._answer(library, problem, value, logits)
+        families, backend = self.families(), backend_of(library, logits)
+        sums = self._sums(backend, problem, families)
+        dtype = problem.arrangement.real
+        value = self._evaluate(backend, sums, columns(families), 1.0, dtype).value
+        return library.array(self._reduced(value), dtype, logits)
 
     def value_and_grad(
         self,
@@ -270,12 +275,15 @@ class Loss:
         With ``track=("hard",)`` a training step has its hard Jaccard index for nothing:
         ``s.jaccard_index()``.
         """
-        value, grad, sums = self._run(logits, targets, mask, weight_map, track, out, grad_scale)
-        return value, grad, Statistics._made(sums, columns(self.families(track)), samples)
+        value, grad, made = self._run(logits, targets, mask, weight_map, track, out, grad_scale)
+        names = columns(self.families(track))
+        return value, grad, Statistics._made(made.sums, names, samples, made.backend)
 
-    def term_values(self, s: Statistics) -> tuple[np.float64 | NDArray[np.float64], ...]:
-        """Return the value of each term, before its weight; no voxel is read."""
-        return tuple(self._reduced(value) for value in self._evaluate(s.array, s.names, 1.0).terms)
+    def term_values(self, s: Statistics) -> tuple[Any, ...]:
+        """Return the value of each term, before its weight, as `value` does; no voxel is read."""
+        backend, sums = self._place_of(s)
+        terms = self._evaluate(backend, sums, s.names, 1.0).terms
+        return tuple(self._reduced(terms[k]) for k in range(len(self.parts)))
 
     # Steps
 
@@ -288,19 +296,20 @@ class Loss:
         track: Sequence[str],
         out: Any,
         grad_scale: Any,
-    ) -> tuple[Any, Any, NDArray[np.float64]]:
+    ) -> tuple[Any, Any, OnDevice]:
         """Run the three verbs on one problem; return the value, the gradient and the sums."""
         library, problem = self._problem(logits, targets, mask, weight_map)
         grad = library.empty_like(logits) if out is None else out
         view = check_out(grad, library, problem, self.options.layout)  # before anything is computed
-        backend = backend_of(library.device(logits))
-        families = self.families(track)
+        families, backend = self.families(track), backend_of(library, logits)
         sums = self._sums(backend, problem, families)
-        result = self._evaluate(sums, columns(families), grad_scale)
+        dtype = problem.arrangement.real
+        result = self._evaluate(backend, sums, columns(families), grad_scale, dtype)
         backend.gradient(problem, result.coefficients, view)
         if out is not None:
-            library.written(out)
-        return self._answer(library, problem, result.value, logits), grad, sums
+            library_of(out, "out").written(out)
+        value = library.array(self._reduced(result.value), dtype, logits)
+        return value, grad, OnDevice(sums, backend)
 
     def _problem(
         self, logits: Any, targets: Any, mask: Any, weight_map: Any
@@ -311,15 +320,32 @@ class Loss:
         return make_problem(logits, targets, mask, weight_map, options, activation, threshold)
 
     @staticmethod
-    def _sums(backend: Backend, problem: Problem, families: frozenset[str]) -> NDArray[np.float64]:
+    def _sums(backend: Backend, problem: Problem, families: frozenset[str]) -> Any:
+        """Read the volume; what is on the host is checked at once, elsewhere the value is NaN."""
         sums = backend.statistics(problem, families)
-        if np.count_nonzero(sums[:, :, _INVALID]):
+        if type(sums) is np.ndarray and np.count_nonzero(sums[:, :, _INVALID]):
             invalid, total = sums[:, :, (_INVALID, _COUNT)].sum(axis=(0, 1)).astype(int)
             raise_for_invalid(problem, invalid, total)
         return sums
 
+    def _value_of(self, s: Statistics, dtype: str) -> Any:
+        """Return the value where statistics are; ``dtype`` is for those on a GPU alone."""
+        backend, sums = self._place_of(s)
+        return self._reduced(self._evaluate(backend, sums, s.names, 1.0, dtype).value)
+
+    @staticmethod
+    def _place_of(s: Statistics) -> tuple[Backend, Any]:
+        """Return where statistics are, and the sums there."""
+        there = s._on_device
+        return (cpu(), s.array) if there is None else (there.backend, there.sums)
+
     def _evaluate(
-        self, sums: NDArray[np.float64], names: tuple[str, ...], grad_scale: Any
+        self,
+        backend: Backend,
+        sums: Any,
+        names: tuple[str, ...],
+        grad_scale: Any,
+        dtype: str = "float64",
     ) -> Evaluation:
         samples, classes = sums.shape[:2]
         prepared = self.__dict__.setdefault("_prepared", {})
@@ -328,23 +354,33 @@ class Loss:
             reduction = REDUCTIONS.index(self.options.reduction)
             prepared[names, classes] = (*self._table(classes), picks(names), reduction)
         table, weights, picked, reduction = prepared[names, classes]
-        scales = self._scales(grad_scale, (samples, classes))
-        return backend_of("cpu").evaluate(table, weights, sums, picked, reduction, scales)
+        scale = grad_scale
+        if type(scale) is not float:
+            scale = self._scale(backend, grad_scale, (samples, classes))
+        return backend.evaluate(table, weights, sums, picked, reduction, scale, dtype)
 
-    def _scales(self, grad_scale: Any, rows: tuple[int, int]) -> NDArray[np.float64]:
-        """Return the factor of each row's gradient, float64 (N, C)."""
-        if type(grad_scale) is float:
-            return _constant(rows, grad_scale)
+    def _scale(
+        self, backend: Backend, grad_scale: Any, rows: tuple[int, int]
+    ) -> float | NDArray[np.float64] | View:
+        """Return the factor of all gradients, or float64 (N, C), or a view of the device."""
+        wanted = rows if self.options.reduction == "none" else ()
+
+        def check(shape: tuple[int, ...]) -> None:
+            if shape not in ((), wanted):
+                named = f"(N, C) = {wanted}" if wanted else "()"
+                raise ValueError(f"grad_scale must have shape {named}, got {shape}")
+
+        view = device_number(backend, grad_scale, "grad_scale")
+        if view is not None:
+            check(view.shape)
+            return view
         if hasattr(grad_scale, "detach"):  # a tensor, bfloat16 included
-            grad_scale = grad_scale.detach().double().cpu()
+            grad_scale = grad_scale.detach().double()
         scale = np.asarray(grad_scale)
         if scale.dtype.kind not in "fiu":
             raise TypeError(f"grad_scale must be a number or an array of them, got {grad_scale!r}")
-        wanted = rows if self.options.reduction == "none" else ()
-        if scale.shape not in ((), wanted):
-            named = f"(N, C) = {wanted}" if wanted else "()"
-            raise ValueError(f"grad_scale must have shape {named}, got {scale.shape}")
-        return np.full(rows, scale, np.float64)
+        check(scale.shape)
+        return float(scale) if scale.ndim == 0 else np.ascontiguousarray(scale, np.float64)
 
     def _table(self, classes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         from fastseg.terms import table_of
@@ -357,19 +393,8 @@ class Loss:
             )
         return table_of(self.parts, classes)
 
-    def _reduced(self, value: NDArray[np.float64]) -> np.float64 | NDArray[np.float64]:
-        return value if self.options.reduction == "none" else value[0, 0]
-
-    def _answer(
-        self, library: Library, problem: Problem, value: NDArray[np.float64], like: Any
-    ) -> Any:
-        return library.array(self._reduced(value), problem.arrangement.real, like)
-
-
-@lru_cache(maxsize=64)
-def _constant(rows: tuple[int, int], value: float) -> NDArray[np.float64]:
-    """Return the factor of every row, shared by all calls: nobody writes to it."""
-    return np.full(rows, value)
+    def _reduced(self, value: Any) -> Any:
+        return value if value.ndim == 0 or self.options.reduction == "none" else value[0, 0]
 
 
 @dataclass(frozen=True, repr=False)

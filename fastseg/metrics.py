@@ -183,11 +183,13 @@ def _counts(
         library, problem = make_problem(pred, targets, mask, None, options, "sigmoid", cut, "pred")
     else:
         library, problem = make_problem(pred, targets, mask, None, options, "probs", level, "pred")
-    sums = backend_of(library.device(pred)).statistics(problem, frozenset({"hard"}))
+    backend = backend_of(library, pred)
+    sums = backend.to_host(backend.statistics(problem, frozenset({"hard"})))
     at = {name: sums[:, :, k] for k, name in enumerate(_NAMES)}
     if at["invalid"].any():
         count, total = int(at["invalid"].sum()), int(at["count"].sum())
-        raise_for_invalid(problem, count, total, metric=True)
+        readable = library.device(pred) == "cpu"
+        raise_for_invalid(problem, count, total, metric=True, readable=readable)
     hits, over = at["hard_true_positives"], at["hard_false_positives"]
     under = at["hard_false_negatives"]
     rest = at["count"] - hits - over - under
@@ -230,7 +232,7 @@ def _label_counts(
         (views[0].address, views[1].address, 0 if mask is None else views[2].address, 0),
         tuple(view.owner for view in views),
     )
-    counts = backend_of(library.device(pred)).count_labels(problem, classes)
+    counts = backend_of(library, pred).count_labels(problem, classes)
     tp, predicted, true, valid, wrong_pred, wrong_true = np.moveaxis(counts, 2, 0)
     for name, wrong in (("pred", wrong_pred), ("targets", wrong_true)):
         if wrong.any():

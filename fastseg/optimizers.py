@@ -9,14 +9,14 @@ is remembered for as long as the same gradient objects come again (see `HELD_BYT
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
+from math import inf, prod
 from numbers import Integral
 from typing import Any, ClassVar
 
 import numpy as np
 
-from fastseg.dispatch import UpdateTable, cpu
-from fastseg.libraries import library_of
+from fastseg.dispatch import UpdateTable, backend_of
+from fastseg.libraries import device_number, library_of
 from fastseg.parameters import (
     Gradients,
     _layout,
@@ -25,11 +25,13 @@ from fastseg.parameters import (
     check_grads,
     check_params,
     checked_number,
+    in_shape,
     is_same,
     places_of,
     watched_tensors,
-    zeros_like_view,
 )
+from fastseg_kernels import updates
+from fastseg_kernels.updates import Rule
 
 HELD_BYTES = 64 * 2**20
 """Gradients of the last step are held, so that they can be recognised, up to this size together.
@@ -63,12 +65,13 @@ class _Optimizer:
         self._counting = [  # arrays whose library counts writes, as autograd does
             (i, library.written)
             for i, library in enumerate(self._libraries)
-            if library.name != "numpy"
+            if library.name not in ("numpy", "cupy")
         ]
         self._watched = watched_tensors(self.params)
         self._places = places_of(self._watched)
-        self._states = {
-            name: [zeros_like_view(view, k) for view in self._views]
+        self._backend = backend_of(self._libraries[0], self.params[0])
+        self._states = {  # of each array, its elements in the memory order of the parameter
+            name: [self._backend.state_like(view, k) for view in self._views]
             for k, name in enumerate(self._state_names)
         }
         self._table: UpdateTable | None = None
@@ -78,8 +81,8 @@ class _Optimizer:
         self,
         grads: Any,
         *,
-        lr: float | None = None,
-        grad_scale: float = 1.0,
+        lr: Any = None,
+        grad_scale: Any = 1.0,
         zero_grads: bool = False,
     ) -> None:
         """Update the parameters in place.
@@ -88,11 +91,13 @@ class _Optimizer:
         ----------
         grads : sequence of arrays, or one array
             One gradient per parameter, with its library, shape, dtype and strides.
-        lr : float, optional
+        lr : float, or an array of one number on the GPU, optional
             Step size of this step alone, instead of the attribute ``lr``.
-        grad_scale : float
+        grad_scale : float, or an array of one number on the GPU
             Multiplies the gradients on their way in, before everything else: 1 / scale undoes the
-            scaling of a loss, a negative number maximises.
+            scaling of a loss, a negative number maximises. A number that is on the GPU, as ``lr``
+            may be, is read there by the step itself: nobody waits for it, and its range is not
+            checked.
         zero_grads : bool
             Write zeros to the gradients in the same pass, once they are read.
 
@@ -112,15 +117,11 @@ class _Optimizer:
         """
         values = self._current()
         if lr is not None:
-            values["lr"] = checked_number("lr", lr, at_least=0)
-        options: dict[str, Any] = {
-            "grad_scale": checked_number("grad_scale", grad_scale),
-            "weight_decay": values["weight_decay"],
-            "zero_grads": bool(zero_grads),
-        }
+            values["lr"] = self._number("lr", lr, at_least=0)
+        scale, zero_grads = self._number("grad_scale", grad_scale), bool(zero_grads)
         grads = as_list(grads)
-        table = self._point_table(grads, options["zero_grads"])
-        self._update(table, self.step_count + 1, values, options)
+        table, step = self._point_table(grads, zero_grads), self.step_count + 1
+        table.update(self._rule(values, step), step, values["lr"], scale, zero_grads)
         self.step_count += 1
         for arrays in (self.params, grads) if zero_grads else (self.params,):
             for i, written in self._counting:
@@ -134,7 +135,8 @@ class _Optimizer:
         dict
             ``optimizer`` (the name of the class), ``step`` (int, steps taken), the
             hyper-parameters, and for each state (``velocity``, or ``exp_avg`` and ``exp_avg_sq``)
-            a list of NumPy arrays, one per parameter, of its shape and dtype.
+            a list of NumPy arrays, one per parameter, of its shape and dtype; those of a GPU are
+            copied to the host.
 
         Notes
         -----
@@ -145,7 +147,9 @@ class _Optimizer:
         state: dict[str, Any] = {"optimizer": type(self).__name__, "step": self.step_count}
         state.update(self._current())
         for name, arrays in self._states.items():
-            state[name] = [array.copy(order="K") for array in arrays]
+            on_host = map(self._backend.to_host, arrays)
+            pairs = zip(on_host, self._views, strict=True)
+            state[name] = [in_shape(flat, view).copy(order="K") for flat, view in pairs]
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -182,20 +186,23 @@ class _Optimizer:
                     f"state['{name}'] must have one array per param ({len(arrays)}), "
                     f"got {len(loaded)}"
                 )
-            for i, (array, other) in enumerate(zip(arrays, map(np.asarray, loaded), strict=True)):
-                if other.shape != array.shape:
+            on_host = map(np.asarray, loaded)
+            for i, (view, other) in enumerate(zip(self._views, on_host, strict=True)):
+                if other.shape != view.shape:
                     raise ValueError(
-                        f"state['{name}'][{i}] must have shape {array.shape} as params[{i}], "
+                        f"state['{name}'][{i}] must have shape {view.shape} as params[{i}], "
                         f"got {other.shape}"
                     )
-                if other.dtype != array.dtype:
+                if other.dtype != view.dtype:
                     raise TypeError(
-                        f"state['{name}'][{i}] must have dtype {array.dtype} as params[{i}], "
+                        f"state['{name}'][{i}] must have dtype {view.dtype} as params[{i}], "
                         f"got {other.dtype}"
                     )
         for name, arrays in self._states.items():
-            for array, other in zip(arrays, state[name], strict=True):
-                array[...] = other
+            for array, view, other in zip(arrays, self._views, state[name], strict=True):
+                flat = np.empty(prod(view.shape), view.dtype)
+                in_shape(flat, view)[...] = other
+                self._backend.from_host(array, flat)
         for name, value in values.items():
             setattr(self, name, value)
         self.step_count = int(step)
@@ -226,11 +233,21 @@ class _Optimizer:
             checked[name] = checked_number(name, values[name], at_least=0)
         return checked
 
-    def _update(
-        self, table: UpdateTable, step: int, values: Mapping[str, Any], options: Mapping[str, Any]
-    ) -> None:
-        """Run the kernel of the rule; ``options`` are those that all rules share."""
+    @staticmethod
+    def _rule(values: Mapping[str, Any], step: int) -> Rule:
+        """Return the rule with these hyper-parameters; ``step`` is 1 at the first."""
         raise NotImplementedError
+
+    def _number(self, name: str, value: Any, *, at_least: float = -inf) -> Any:
+        """Return a number that was checked, or a view of one on the device of the parameters."""
+        if isinstance(value, float | int):
+            return checked_number(name, value, at_least=at_least)
+        view = device_number(self._backend, value, name)
+        if view is None:
+            return checked_number(name, value, at_least=at_least)
+        if prod(view.shape) != 1:
+            raise ValueError(f"{name} must be one number, got an array of shape {view.shape}")
+        return view
 
     def _point_table(self, grads: list[Any], zero_grads: bool) -> UpdateTable:
         """Return the table, pointed at the parameters and at ``grads`` after checking both."""
@@ -249,11 +266,7 @@ class _Optimizer:
                 )
         grad_views = check_grads(grads, views, memory, self._libraries, zero_grads)
         if self._table is None:
-            states = [
-                [library_of(array, name).view(array, name) for array in arrays]
-                for name, arrays in self._states.items()
-            ]
-            self._table = cpu().update_table(views, states)
+            self._table = self._backend.update_table(views, list(self._states.values()))
         self._views, self._memory, self._places = views, memory, places
         self._table.set_params(views)
         self._table.set_grads(grad_views)
@@ -309,10 +322,9 @@ class GradientDescent(_Optimizer):
     def __init__(self, params: Any, lr: float, *, weight_decay: float = 0.0) -> None:
         super().__init__(params, lr=lr, weight_decay=weight_decay)
 
-    def _update(
-        self, table: UpdateTable, step: int, values: Mapping[str, Any], options: Mapping[str, Any]
-    ) -> None:
-        cpu().gradient_descent(table, values["lr"], **options)
+    @staticmethod
+    def _rule(values: Mapping[str, Any], step: int) -> Rule:
+        return updates.gradient_descent(weight_decay=values["weight_decay"])
 
 
 class Momentum(_Optimizer):
@@ -417,15 +429,13 @@ class Momentum(_Optimizer):
             )
         return checked
 
-    def _update(
-        self, table: UpdateTable, step: int, values: Mapping[str, Any], options: Mapping[str, Any]
-    ) -> None:
-        lr, gamma, nesterov = values["lr"], values["gamma"], values["nesterov"]
+    @staticmethod
+    def _rule(values: Mapping[str, Any], step: int) -> Rule:
+        gamma, nesterov, decay = values["gamma"], values["nesterov"], values["weight_decay"]
         if values["form"] == "source":
-            cpu().momentum(table, lr, gamma, nesterov, **options)
-        else:
-            dampening = values["dampening"]
-            cpu().momentum_pytorch(table, step == 1, lr, gamma, dampening, nesterov, **options)
+            return updates.momentum(gamma, nesterov, weight_decay=decay)
+        dampening = values["dampening"]
+        return updates.momentum_pytorch(step == 1, gamma, dampening, nesterov, weight_decay=decay)
 
 
 class Adam(_Optimizer):
@@ -522,9 +532,8 @@ class Adam(_Optimizer):
         )
         return checked
 
-    def _update(
-        self, table: UpdateTable, step: int, values: Mapping[str, Any], options: Mapping[str, Any]
-    ) -> None:
-        lr, (beta1, beta2), eps = values["lr"], values["betas"], values["eps"]
-        decoupled = values["decoupled_weight_decay"]
-        cpu().adam(table, step, lr, beta1, beta2, eps, decoupled=decoupled, **options)
+    @staticmethod
+    def _rule(values: Mapping[str, Any], step: int) -> Rule:
+        (beta1, beta2), eps = values["betas"], values["eps"]
+        decay, decoupled = values["weight_decay"], values["decoupled_weight_decay"]
+        return updates.adam(beta1, beta2, eps, weight_decay=decay, decoupled=decoupled)

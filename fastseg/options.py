@@ -33,6 +33,9 @@ class Options:
         are added up before they are widened; "float64": everything is computed and summed in
         float64, and so is the value. Chunks of any size then add up to the whole within 1e-12. It
         takes about three times as long.
+    backend
+        "auto": the backend of the device that holds the arrays; "cpu" or "cuda": arrays elsewhere
+        are errors. Nothing is ever moved between devices.
     """
 
     activation: Literal["auto", "sigmoid"] | None = "auto"
@@ -41,6 +44,7 @@ class Options:
     reduction: Literal["none", "mean", "sum"] = "mean"
     layout: Literal["NC", "N", "C", ""] = "NC"
     compute_dtype: Literal["auto", "float64"] = "auto"
+    backend: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -58,6 +62,8 @@ class Options:
             raise ValueError(
                 f"compute_dtype must be 'auto' or 'float64', got {self.compute_dtype!r}"
             )
+        if self.backend not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"backend must be 'auto', 'cpu' or 'cuda', got {self.backend!r}")
         for name in ("ignore_index", "positive"):
             value = getattr(self, name)
             if value is None or (name == "positive" and value == "nonzero"):

@@ -20,7 +20,6 @@ from fastseg.libraries import Library, library_of
 from fastseg_kernels.constants import ITEM_SIZES
 from fastseg_kernels.views import View
 
-CACHE_LINE, PAGE = 64, 4096  # bytes
 _nbytes = attrgetter("nbytes")
 
 
@@ -47,9 +46,9 @@ def is_same(last: Gradients | None, grads: list[Any], zero_grads: bool) -> bool:
 def watched_tensors(arrays: Any) -> list[Any]:
     """Return the tensors: ``tensor.data = other`` exchanges the memory under the same object.
 
-    A NumPy array refuses to be resized while it is referenced, as it is here.
+    Other arrays cannot be moved while they are referenced, as they are here.
     """
-    return [array for array in arrays if not isinstance(array, np.ndarray)]
+    return [array for array in arrays if hasattr(array, "data_ptr")]
 
 
 def places_of(watched: list[Any]) -> list[int]:
@@ -136,22 +135,11 @@ def _view_bytes(view: View) -> int:
     return prod(view.shape) * ITEM_SIZES[view.dtype]
 
 
-def zeros_like_view(view: View, k: int) -> NDArray[Any]:
-    """Return zeros for state ``k``, whose elements lie in the order of ``view``'s.
-
-    NumPy starts all large arrays 16 bytes into a page. Then every vector store touches two cache
-    lines, and reads of one array seem to depend on writes to another that agree in their lowest
-    twelve bits. States are aligned to cache lines, and large ones lie a quarter of a page apart
-    from the parameter and each other: Adam of 16M float32 8.5 instead of 10.8 ms.
-    """
-    size = _view_bytes(view)
-    if size == 0:
-        return np.zeros(view.shape, view.dtype)
-    period = PAGE if size >= 16 * PAGE else CACHE_LINE
-    memory = np.zeros(size + period, np.uint8)
-    wanted = view.address // CACHE_LINE * CACHE_LINE + (k + 1) * PAGE // 4
-    offset = (wanted - memory.ctypes.data) % period
-    return np.ndarray(view.shape, view.dtype, memory, offset, view.strides)
+def in_shape(flat: NDArray[Any], view: View) -> NDArray[Any]:
+    """Return ``flat``, elements in the memory order of a parameter, as an array of its shape."""
+    if flat.size == 0:
+        return flat.reshape(view.shape)
+    return np.ndarray(view.shape, flat.dtype, flat, 0, view.strides)
 
 
 def check_params(params: tuple[Any, ...]) -> tuple[list[View], Memory]:
@@ -171,9 +159,28 @@ def check_params(params: tuple[Any, ...]) -> tuple[list[View], Memory]:
                 f"{view.shape} with strides {view.strides}; pass a contiguous copy"
             )
         views.append(view)
+    check_one_device(params)
     memory = _memory_of(views)
     _check_apart(memory, "params", "would be updated twice; pass every array once")
     return views, memory
+
+
+def check_one_device(params: tuple[Any, ...]) -> None:
+    """Raise unless one backend can update all parameters: by one launch, in one memory."""
+    first = library_of(params[0], "params[0]")
+    device = first.device(params[0])
+    for i, param in enumerate(params):
+        library = library_of(param, f"params[{i}]")
+        other = library.device(param)
+        if other != device:
+            raise TypeError(
+                f"params must be on one device, got params[0] on {device} and params[{i}] on "
+                f"{other}; make an optimiser for each device"
+            )
+        if device != "cpu" and library is not first:
+            raise TypeError(
+                f"params on a GPU must come from one library, got {first.name} and {library.name}"
+            )
 
 
 def check_grads(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseg.libraries import Library, common_library, library_of
+from fastseg.libraries import Library, check_together, common_library, library_of
 from fastseg.options import Options
 from fastseg_kernels.constants import (
     FLOAT_DTYPES,
@@ -153,6 +153,11 @@ def make_problem(
 ) -> tuple[Library, Problem]:
     """Check the arguments of a verb and describe them to a backend."""
     library = common_library(logits, name, targets=targets, mask=mask, weight_map=weight_map)
+    if options.backend != "auto" and not library.device(logits).startswith(options.backend):
+        raise TypeError(
+            f"backend={options.backend!r} computes where its arrays are, and {name} is on "
+            f"{library.device(logits)}; move it, or leave backend at 'auto'"
+        )
     view = library.view
     x, p = view(logits, name), view(targets, "targets")
     m = ABSENT if mask is None else view(mask, "mask")
@@ -200,11 +205,8 @@ class _Place(NamedTuple):
 def check_out(out: Any, library: Library, problem: Problem, layout: str) -> View:
     """Check the array that a gradient is written to; return it as (N, C, *spatial)."""
     other = library_of(out, "out")
-    if other is not library:
-        raise TypeError(
-            f"logits and out must come from one library, got {library.name} and {other.name}"
-        )
-    view = library.view(out, "out", writable=True)
+    check_together(library, "logits", other, "out")
+    view = other.view(out, "out", writable=True)
     address = view.address
     place = _place(problem.arrangement, view.layout, layout)
     first, end = address + place.own[0], address + place.own[1]
@@ -290,9 +292,19 @@ USE_POSITIVE = (
 )
 
 
-def raise_for_invalid(problem: Problem, count: int, total: int, metric: bool = False) -> None:
-    """Find the first invalid target, probability or weight and say what it is; only for errors."""
+def raise_for_invalid(
+    problem: Problem, count: int, total: int, metric: bool = False, readable: bool = True
+) -> None:
+    """Find the first invalid target, probability or weight and say what it is; only for errors.
+
+    What is not ``readable`` from the host is not looked at.
+    """
     arrangement = problem.arrangement
+    if not readable:
+        raise ValueError(
+            f"targets must be 0 or 1, or in [0, 1] if they are floats, as probabilities; {count} "
+            f"of {total} voxels have others"
+        )
     logits, targets, mask, weights = (
         None if layout is None else as_numpy(address, layout)
         for address, layout in zip(problem.addresses, arrangement.layouts, strict=True)

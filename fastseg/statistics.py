@@ -5,13 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastseg.scores import dice_from_counts, jaccard_from_counts, reduce_scores
 from fastseg_kernels.constants import BASE_COLUMNS, FAMILY_COLUMNS, PICKED
+
+if TYPE_CHECKING:
+    from fastseg.dispatch import Backend
+
+
+class OnDevice(NamedTuple):
+    """Sums in the memory of a backend."""
+
+    sums: Any
+    backend: Backend
 
 
 class Statistics:
@@ -25,7 +35,9 @@ class Statistics:
     Attributes
     ----------
     array
-        float64 (N, C, K), read-only.
+        float64 (N, C, K), read-only, of NumPy. The sums of arrays on a GPU stay there, and are
+        copied (and waited for) when this, or a score, is asked for; `Loss.value` and
+        `Loss.gradient` do without.
     names
         The K column names: ``voxels``, ``count`` (valid voxels), ``invalid`` (voxels whose target
         or probability is outside the allowed values), ``targets_sum``, and the columns of the
@@ -45,9 +57,10 @@ class Statistics:
     True
     """
 
-    __slots__ = ("array", "names", "samples")
+    __slots__ = ("_host", "_on_device", "names", "samples")
 
-    array: NDArray[np.float64]
+    _host: NDArray[np.float64] | None
+    _on_device: OnDevice | None
     names: tuple[str, ...]
     samples: tuple[str, ...] | None
 
@@ -69,21 +82,51 @@ class Statistics:
             raise ValueError(
                 f"samples must name each of the {array.shape[0]} samples, got {len(named)} names"
             )
-        object.__setattr__(self, "array", array)
-        object.__setattr__(self, "names", tuple(names))
-        object.__setattr__(self, "samples", None if named is None else tuple(map(str, named)))
+        _put_host(self, array)
+        _put_on_device(self, None)
+        _put_names(self, tuple(names))
+        _put_samples(self, None if named is None else tuple(map(str, named)))
 
     @classmethod
-    def _made(cls, array: NDArray[np.float64], names: tuple[str, ...], samples: Any) -> Statistics:
-        """Wrap what a kernel has just made: no checks, no copy."""
+    def _made(cls, sums: Any, names: tuple[str, ...], samples: Any, backend: Backend) -> Statistics:
+        """Wrap what a backend has just made: no copy, and no checks but of the samples' names."""
         if samples is not None:
-            return cls(array, names, samples)
+            checked = cls(np.zeros(sums.shape), names, samples)
+            names, samples = checked.names, checked.samples
         self = object.__new__(cls)
-        array.flags.writeable = False
-        _put_array(self, array)
+        if type(sums) is np.ndarray:
+            sums.flags.writeable = False
+            _put_host(self, sums)
+            _put_on_device(self, None)
+        else:
+            _put_host(self, None)
+            _put_on_device(self, OnDevice(sums, backend))
         _put_names(self, names)
-        _put_samples(self, None)
+        _put_samples(self, samples)
         return self
+
+    @property
+    def array(self) -> NDArray[np.float64]:
+        """Return the sums, float64 (N, C, K)."""
+        array = self._host
+        if array is None:
+            assert self._on_device is not None
+            array = self._on_device.backend.to_host(self._on_device.sums)
+            array.flags.writeable = False
+            _put_host(self, array)
+        return array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return the number of samples and of classes."""
+        held: Any = self._host if self._on_device is None else self._on_device.sums
+        samples, classes = held.shape[:2]
+        return int(samples), int(classes)
+
+    def _sums_for(self, backend: Backend) -> Any:
+        """Return the sums where a backend can use them as they are, else on the host."""
+        there = self._on_device
+        return there.sums if there is not None and there.backend is backend else self.array
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"Statistics are immutable; cannot set {name}")
@@ -230,8 +273,8 @@ class Statistics:
 
 
 # What sets the slots of an immutable object, without the search of object.__setattr__.
-_put_array, _put_names, _put_samples = (
-    Statistics.__dict__[name].__set__ for name in ("array", "names", "samples")
+_put_host, _put_on_device, _put_names, _put_samples = (
+    Statistics.__dict__[name].__set__ for name in Statistics.__slots__
 )
 
 

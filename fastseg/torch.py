@@ -32,13 +32,13 @@ class _Function(torch.autograd.Function):
     ) -> torch.Tensor:
         loss = module.loss
         s = loss.statistics(logits, targets, mask=mask, weight_map=weight_map, track=module.track)
-        value = loss.value(s)
         ctx.save_for_backward(logits, targets, mask, weight_map)
         ctx.loss, ctx.statistics = loss, s
         module.last_statistics = s
         double = "float64" in (loss.options.compute_dtype, str(logits.dtype).removeprefix("torch."))
-        dtype = torch.float64 if double else torch.float32
-        return torch.as_tensor(value, dtype=dtype, device=logits.device)
+        dtype = "float64" if double else "float32"
+        value = loss._value_of(s, dtype)
+        return torch.as_tensor(value, dtype=getattr(torch, dtype), device=logits.device)
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -37,62 +37,60 @@ def in_place(verb: str, real: str, *families: str) -> list[str]:
 
 def anywhere(verb: str, *families: str) -> list[str]:
     return [
-        f"{verb}_anywhere<Variant<{real}, {kind}, {activation}, {names}>>"
+        f"{verb}_anywhere<Variant<{real}, {kind}, {activation}, {names}>, {counter}>"
         for names in families
         for real in ("float", "double")
         for kind, activation in KINDS
+        for counter in ("unsigned", "unsigned long long")
     ]
 
 
 class Group(NamedTuple):
-    """Kernels of one file, with the most registers and bytes of spills that each may have.
-
-    Rows that are runs of memory, in float: no spills, but for a few bytes where every family of
-    sums is asked for. Spills of the others are around the calls of 64-bit division (strides) and
-    of double's logarithms.
-    """
+    """Kernels of one file, with the most registers that each may have; none may spill any."""
 
     file: str
     names: list[str]
     registers: int
-    spills: int
 
 
+def updates() -> list[str]:
+    rules = ("Descent", "Momentum", "Adam")
+    return [f"update<{rule}, {real}>" for rule in rules for real in ("float", "double")]
+
+
+def sigmoids() -> list[str]:
+    pairs = ((element, "double" if element == "double" else "float") for element in TYPES.values())
+    return [f"sigmoid_in_place<{real}, {element}>" for element, real in pairs]
+
+
+# A multiprocessor has 65536 registers: 80 for each thread of a block are three blocks at a time, 40
+# are six. The second pass and the logistic function live from the number of their threads.
 GROUPS = {
     "statistics in place": Group(
-        "overlap.cu", in_place("statistics", "float", *FAMILIES[:2], FAMILIES[3]), 96, 0
+        "overlap.cu", in_place("statistics", "float", *FAMILIES[:2], FAMILIES[3]), 80
     ),
     "statistics in place, all sums": Group(
-        "overlap.cu", in_place("statistics", "float", FAMILIES[2]), 96, 32
+        "overlap.cu", in_place("statistics", "float", FAMILIES[2]), 120
     ),
-    "gradient in place": Group("overlap.cu", in_place("gradient", "float", "0"), 64, 0),
     "statistics in place, double": Group(
-        "overlap.cu", in_place("statistics", "double", *FAMILIES[1:]), 112, 64
+        "overlap.cu", in_place("statistics", "double", *FAMILIES[1:]), 160
     ),
-    "gradient in place, double": Group("overlap.cu", in_place("gradient", "double", "0"), 64, 0),
-    "statistics anywhere": Group("overlap.cu", anywhere("statistics", *FAMILIES[2:]), 128, 1024),
-    "gradient anywhere": Group("overlap.cu", anywhere("gradient", "0"), 96, 256),
-    "sum of tasks": Group("overlap.cu", ["add_tasks"], 64, 0),
-    "evaluation": Group("evaluation.cu", ["evaluate"], 128, 256),
-    "sigmoid in place": Group(
-        "logistic.cu",
-        [
-            f"sigmoid_in_place<{'double' if e == 'double' else 'float'}, {e}>"
-            for e in TYPES.values()
-        ],
-        48,
-        0,
-    ),
+    "statistics anywhere": Group("overlap.cu", anywhere("statistics", *FAMILIES[2:]), 128),
+    "sum of tasks": Group("overlap.cu", ["add_tasks"], 64),
+    "evaluation": Group("evaluation.cu", ["evaluate"], 128),
+    "gradient in place": Group("overlap.cu", in_place("gradient", "float", "0"), 40),
+    "gradient in place, double": Group("overlap.cu", in_place("gradient", "double", "0"), 64),
+    "gradient anywhere": Group("overlap.cu", anywhere("gradient", "0"), 80),
+    "sigmoid in place": Group("logistic.cu", sigmoids(), 40),
     "sigmoid anywhere": Group(
-        "logistic.cu", ["sigmoid_anywhere<float>", "sigmoid_anywhere<double>"], 64, 64
+        "logistic.cu",
+        [f"sigmoid_anywhere<{real}, unsigned>" for real in ("float", "double")],
+        64,
     ),
-    "labels": Group("labels.cu", ["count_labels"], 64, 64),
-    "updates": Group(
-        "updates.cu",
-        [f"update<{r}, {t}>" for r in ("Descent", "Momentum", "Adam") for t in ("float", "double")],
-        96,
-        128,
-    ),
+    "labels": Group("labels.cu", ["count_labels<unsigned>"], 80),
+    "updates": Group("updates.cu", updates(), 120),
+    "steps": Group("updates.cu", ["count_step"], 64),
+    "memory": Group("memory.cu", ["upload", "clear"], 40),
 }
 
 
@@ -137,14 +135,14 @@ USAGE = re.compile(
 @pytest.mark.parametrize("name", GROUPS)
 def test_kernels_compile_within_their_bounds(name, architecture):
     group = GROUPS[name]
-    log, kernel = compiled(name, architecture)[0], re.match(r"\w+", group.names[0])
-    assert kernel is not None
+    log = compiled(name, architecture)[0]
     # Kernels that are no templates are compiled with every group of their file.
-    found = [usage for usage in USAGE.finditer(log) if kernel[0] in usage["name"]]
+    stems = {re.match(r"\w+", expression)[0] for expression in group.names}  # type: ignore[index]
+    found = [u for u in USAGE.finditer(log) if any(stem in u["name"] for stem in stems)]
     assert len(found) == len(group.names)
     for usage in found:
         assert int(usage["registers"]) <= group.registers, usage[0]
-        assert max(int(usage["stores"]), int(usage["loads"])) <= group.spills, usage[0]
+        assert (usage["stores"], usage["loads"]) == ("0", "0"), usage[0]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +162,9 @@ def test_float_is_read_and_written_16_bytes_at_a_time(name, instruction):
     )
 
 
-def test_a_spill_would_be_seen():
+def test_a_spill_would_be_seen(monkeypatch):
     """The check above reads the log rightly: a kernel that must spill is found to."""
-    log, _ = compiled("statistics anywhere", 70)
+    crowded = text("overlap.cu").replace("V::resident", "8")
+    monkeypatch.setitem(globals(), "text", lambda file: crowded)
+    log, _ = compiled.__wrapped__("statistics in place", 70)
     assert any(int(usage["stores"]) > 0 for usage in USAGE.finditer(log))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -20,9 +19,7 @@ import fastseg.functional
 import fastseg.losses
 import fastseg.metrics
 import fastseg.optimizers
-from fastseg_kernels import cuda
-from fastseg_kernels.cuda import runtime
-from hostcuda.runtime import HostRuntime
+from hostcuda.runtime import host_backend
 from test_accuracy import (  # noqa: F401
     test_a_confident_network_keeps_its_digits,
     test_a_score_near_0_keeps_its_digits,
@@ -41,19 +38,16 @@ pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None and os.environ.get("CI") is None,
     reason="the CUDA kernels are run on the CPU by g++, which is not installed",
 )
-HOST = HostRuntime()
-PLACES = (fastseg.losses, fastseg.functional, fastseg.metrics)
+BACKEND = host_backend()
+PLACES = (fastseg.losses, fastseg.functional, fastseg.metrics, fastseg.optimizers)
 
 
 @pytest.fixture(autouse=True)
-def in_the_place_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def in_the_place_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the public package compute by the CUDA backend on the stand-in for a device."""
     for module in PLACES:
-        monkeypatch.setattr(module, "backend_of", lambda device: cuda)
-    monkeypatch.setattr(fastseg.optimizers, "cpu", lambda: cuda)
-    runtime.use(HOST)
-    yield
-    runtime.use(None)
+        monkeypatch.setattr(module, "backend_of", lambda library, array: BACKEND)
+    monkeypatch.setattr(fastseg.losses, "cpu", lambda: BACKEND)
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +69,7 @@ def test_bits_depend_on_no_order(monkeypatch, dtype, target):
     for order, workers, processors in (("0", "1", 1), ("1", "2", 3), ("9", "3", 100)):
         monkeypatch.setenv("HOSTCUDA_ORDER", order)
         monkeypatch.setenv("HOSTCUDA_WORKERS", workers)
-        monkeypatch.setattr(HOST, "multiprocessors", lambda n=processors: n)
+        monkeypatch.setattr(BACKEND.driver, "multiprocessors", processors)
         value, grad, s = loss.evaluate(logits, targets, track=("hard",))
         answers.append((float(value), grad.tobytes(), s.array.tobytes()))
     assert answers[0] == answers[1] == answers[2]

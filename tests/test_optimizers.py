@@ -538,7 +538,7 @@ def shifted():
 
 BAD_PARAMS = [
     (lambda p: [], ValueError, "params must have at least one array, got none"),
-    (lambda p: [p[0], [1.0]], TypeError, r"params\[1\] must be a NumPy array or a torch tensor"),
+    (lambda p: [p[0], [1.0]], TypeError, r"params\[1\] must be an array of NumPy, CuPy or PyTorch"),
     (lambda p: [p[0].astype("f2")], TypeError, r"params\[0\] .*got float16: .*master weights"),
     (lambda p: [torch.zeros(2, dtype=torch.bfloat16)], TypeError, r"got bfloat16: .*master"),
     (
@@ -558,7 +558,7 @@ BAD_PARAMS = [
     (lambda p: [np.ma.masked_array(p[0])], TypeError, r"params\[0\] is a numpy.ma.MaskedArray"),
     (lambda p: [torch.zeros(3).to_sparse()], TypeError, r"params\[0\] must be a dense tensor"),
     (lambda p: [torch.zeros(3, device="meta")], TypeError, r"params\[0\] is on meta"),
-    (lambda p: [{"params": p}], TypeError, r"params\[0\] must be a NumPy array .* got dict"),
+    (lambda p: [{"params": p}], TypeError, r"params\[0\] must be an array of NumPy.* got dict"),
 ]
 BAD_GRADS = [
     (lambda p, g: g[:1], ValueError, r"grads must have one array per param \(2\), got 1"),
@@ -719,8 +719,10 @@ def test_repr():
 
 def test_import_is_lazy():
     code = (
-        "import sys, fastseg.optimizers, numpy; opt = fastseg.optimizers.Adam(numpy.zeros(3)); "
-        "assert not {'numba', 'torch'} & set(sys.modules)"
+        "import sys, fastseg.optimizers; "
+        "assert not {'numba', 'cupy', 'torch'} & set(sys.modules); "
+        "import numpy; fastseg.optimizers.Adam(numpy.zeros(3)); "
+        "assert not {'cupy', 'torch'} & set(sys.modules)"
     )
     path = [entry for entry in sys.path if entry]
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(path)})

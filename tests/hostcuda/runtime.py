@@ -1,4 +1,4 @@
-"""The runtime of the launchers, on the CPU: memory is NumPy's, and NaN until it is written."""
+"""A device of the launchers, on the CPU: memory is NumPy's, and NaN until it is written."""
 
 from __future__ import annotations
 
@@ -6,32 +6,59 @@ from typing import Any
 
 import numpy as np
 
-from hostcuda.module import RawModule
+from fastseg_kernels.cuda import Backend
+from fastseg_kernels.cuda.modules import THREADS
+from hostcuda.module import RawKernel, RawModule
 
 MULTIPROCESSORS = 3  # tasks then outnumber the blocks in the larger cases
 
 
-class HostRuntime:
-    """Stands for `fastseg_kernels.cuda.runtime.CuPy`."""
+class HostDriver:
+    """Stands for `fastseg_kernels.cuda.runtime.CuPyDriver`."""
 
-    def module(self, code: str, options: tuple[str, ...], names: tuple[str, ...]) -> RawModule:
+    multiprocessors = MULTIPROCESSORS
+
+    def kernel(self, code: str, options: tuple[str, ...], name: str) -> RawKernel:
         """Compile by g++."""
-        return RawModule(code=code, options=options, name_expressions=names)
+        return RawModule(code=code, options=options, name_expressions=(name,)).get_function(name)
+
+    def launch(self, kernel: Any, grid: int, arguments: tuple[Any, ...], stream: int) -> None:
+        """Run the kernel."""
+        kernel((grid,), (THREADS,), arguments)
+
+
+class HostMemory:
+    """Stands for `fastseg_kernels.cuda.runtime.CuPyMemory`."""
+
+    graphs_own_memory = True
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         """Return memory with all bits set."""
         array = np.empty(shape, dtype)
-        array.view(np.uint8)[...] = 0xFF
+        array.reshape(-1).view(np.uint8)[...] = 0xFF
         return array
-
-    def array(self, values: Any) -> np.ndarray:
-        """Return a copy, as a device's memory holds one."""
-        return np.array(values, order="C", copy=True)
 
     def address(self, array: np.ndarray) -> int:
         """Return where it lies."""
         return array.ctypes.data
 
-    def multiprocessors(self) -> int:
-        """Return a number that makes blocks take several tasks."""
-        return MULTIPROCESSORS
+    def to_host(self, array: np.ndarray) -> np.ndarray:
+        """Return a copy."""
+        return array.copy()
+
+    def from_host(self, array: np.ndarray, values: np.ndarray) -> None:
+        """Copy."""
+        array[...] = values
+
+    def stream(self) -> int:
+        """Return the only stream."""
+        return 0
+
+    def is_capturing(self) -> bool:
+        """Return False."""
+        return False
+
+
+def host_backend() -> Backend:
+    """Return the CUDA backend on the stand-in for a device."""
+    return Backend(HostDriver(), HostMemory())

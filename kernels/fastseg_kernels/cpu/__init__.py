@@ -7,25 +7,24 @@ from fastseg_kernels.cpu.compiled import cache_directory, compile_target
 from fastseg_kernels.cpu.evaluation import evaluate
 from fastseg_kernels.cpu.labels import count_labels
 from fastseg_kernels.cpu.logistic import sigmoid
+from fastseg_kernels.cpu.memory import from_host, state_like, to_host
 from fastseg_kernels.cpu.passes import gradient, statistics
 from fastseg_kernels.cpu.threads import describe, get_num_threads, set_num_threads
 from fastseg_kernels.cpu.updates import Table as update_table
-from fastseg_kernels.cpu.updates import adam, gradient_descent, momentum, momentum_pytorch
 
 __all__ = [
-    "adam",
     "cache_directory",
     "compile_target",
     "count_labels",
     "describe",
     "evaluate",
+    "from_host",
     "get_num_threads",
     "gradient",
-    "gradient_descent",
-    "momentum",
-    "momentum_pytorch",
     "set_num_threads",
     "sigmoid",
+    "state_like",
     "statistics",
+    "to_host",
     "update_table",
 ]

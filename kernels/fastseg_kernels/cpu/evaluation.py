@@ -7,7 +7,7 @@ costs the same few microseconds whatever the size of the volume.
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -207,7 +207,8 @@ def evaluate(
     sums: NDArray[np.float64],
     columns: NDArray[np.int64],
     reduction: int,
-    scale: NDArray[np.float64],
+    scale: float | NDArray[np.float64],
+    dtype: str = "float64",
 ) -> Evaluation:
     """Evaluate a table of terms.
 
@@ -224,12 +225,21 @@ def evaluate(
     reduction
         Index into `constants.REDUCTIONS`.
     scale
-        float64 (N, C), multiplied into the coefficients.
+        A number, or float64 (N, C), multiplied into the coefficients.
+    dtype
+        Not used here: the value is float64, and its caller rounds it.
     """
     samples, classes = sums.shape[:2]
     shape = (samples, classes) if reduction == NONE else (1, 1)
     result = Evaluation(
         np.empty(shape), np.empty((len(terms), *shape)), np.empty((samples, classes, COEFFICIENTS))
     )
-    _compiled()(terms, class_weights, sums, columns, reduction, scale, *result)
+    scales = _constant((samples, classes), scale) if isinstance(scale, float) else scale
+    _compiled()(terms, class_weights, sums, columns, reduction, scales, *result)
     return result
+
+
+@lru_cache(maxsize=64)
+def _constant(rows: tuple[int, int], value: float) -> NDArray[np.float64]:
+    """Return the factor of every row, shared by all calls: nobody writes to it."""
+    return np.full(rows, value)

@@ -1,20 +1,9 @@
 """Parameter updates of whole lists of arrays: gradient descent, momentum, Adam.
 
-The arrays of a list are laid end to end, in thought, and cut into tasks of `CHUNK` elements. A task
-may hold many small arrays or a part of a large one, so 2000 arrays of 1000 elements are one
-parallel region. Every element is read and written once, whatever is asked of the step: the scale
-of the gradients, weight decay and the zeroing of the gradients belong to the same pass.
-
-The rules are those of ``reference/updates.py``, under the same names. Three kernels serve all of
-them. With g <- grad_scale g + l2 theta, and coefficients that Python computes in float64:
-
-    descent    theta <- theta - lr g
-    momentum   v <- keep v + add g;  theta <- theta - (by_v v + by_g g)
-    adam       m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) g^2
-               theta <- (theta - decay theta) - rate m / (root sqrt(v) + eps)
-
-with rate = lr / (1 - beta1^t) and root = 1 / sqrt(1 - beta2^t), so that the fraction is Algorithm
-1's. An element depends on nothing but itself: its bits are the same whatever the number of threads.
+`fastseg_kernels.updates` has the rules and cuts the lists into tasks, of `CHUNK` elements, so that
+2000 arrays of 1000 elements are one parallel region. Every element is read and written once,
+whatever is asked of the step: the scale of the gradients, weight decay and the zeroing of the
+gradients belong to the same pass.
 
 A factor that acts on a state step after step is kept as two floats, high + low. 0.999 rounded to
 float32 is off by 1.3e-8, which is little, but 1 - 0.999 is then off by 1.3e-5, and so is v_hat in
@@ -25,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from math import prod, sqrt
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +24,7 @@ from fastseg_kernels.cpu import threads
 from fastseg_kernels.cpu.compiled import Kernel, function, inlined
 from fastseg_kernels.cpu.elementary import REALS
 from fastseg_kernels.cpu.intrinsics import carray, fma, pointer_to, wide_vectors
+from fastseg_kernels.updates import COEFFICIENTS, TASK, TENSOR_FIELDS, Rule, cut
 from fastseg_kernels.views import View
 
 CHUNK = 4096
@@ -43,18 +33,8 @@ finding its first array costs nothing beside them."""
 SHARED_FROM = 32768
 """Elements from which a second thread pays for itself: Adam of so many takes 13 us on one thread
 and 11 on two; of half as many, 7 and 8."""
-COEFFICIENTS = 8
 
-TENSOR = np.dtype(
-    [
-        ("param", np.int64),
-        ("grad", np.int64),
-        ("first", np.int64),  # address of the velocity or of exp_avg; 0 without states
-        ("second", np.int64),  # address of exp_avg_sq
-        ("size", np.int64),  # elements, at least 1
-    ]
-)
-TASK = np.dtype([("tensor", np.int64), ("start", np.int64)])  # where a task begins
+TENSOR = np.dtype([(name, np.int64) for name in TENSOR_FIELDS])
 JOB = np.dtype(
     [
         ("tensors", np.int64),  # address of the records, one `TENSOR` each
@@ -191,8 +171,8 @@ class Table:
     params
         The parameters, float32 or float64, each one run of memory (in any order of axes).
     states
-        For each state of the rule (none, velocity, or exp_avg and exp_avg_sq) as many arrays,
-        each of its parameter's dtype and strides.
+        For each state of the rule (none, velocity, or exp_avg and exp_avg_sq) as many arrays that
+        `fastseg_kernels.cpu.memory.state_like` made.
 
     Notes
     -----
@@ -201,28 +181,19 @@ class Table:
     the first step.
     """
 
-    def __init__(self, params: Sequence[View], states: Sequence[Sequence[View]]) -> None:
+    def __init__(self, params: Sequence[View], states: Sequence[Sequence[NDArray[Any]]]) -> None:
         self._parts: list[_Part] = []
-        for real in sorted({view.dtype for view in params}):
-            sizes = [prod(view.shape) if view.dtype == real else 0 for view in params]
-            indices = [i for i, size in enumerate(sizes) if size > 0]
-            tensors = np.zeros(len(indices), TENSOR)
-            tensors["size"] = [sizes[i] for i in indices]
-            for name, views in zip(("first", "second"), states, strict=False):
-                tensors[name] = [views[i].address for i in indices]
-            ends = np.cumsum(tensors["size"])
-            elements = sum(sizes)
-            position = np.arange(0, elements, CHUNK)
-            tasks = np.zeros(len(position), TASK)
-            tasks["tensor"] = np.searchsorted(ends, position, side="right")
-            tasks["start"] = position - (ends - tensors["size"])[tasks["tensor"]]
+        sizes, dtypes = [prod(view.shape) for view in params], [view.dtype for view in params]
+        for part in cut(sizes, dtypes, CHUNK):
+            tensors = np.zeros(len(part.indices), TENSOR)
+            tensors["size"] = part.sizes
+            for name, arrays in zip(("first", "second"), states, strict=False):
+                tensors[name] = [arrays[i].ctypes.data for i in part.indices]
             job = np.zeros(1, JOB)
-            job["tensors"], job["tasks"] = tensors.ctypes.data, tasks.ctypes.data
-            job["elements"] = elements
-            fields = (job["zero_grads"], job["coefficients"][0])
-            self._parts.append(
-                _Part(real, indices, tensors, tasks, job, *fields, job.ctypes.data, elements)
-            )
+            job["tensors"], job["tasks"] = tensors.ctypes.data, part.tasks.ctypes.data
+            job["elements"] = part.length
+            fields = (job["zero_grads"], job["coefficients"][0], job.ctypes.data, part.length)
+            self._parts.append(_Part(part.real, part.indices, tensors, part.tasks, job, *fields))
         self.set_params(params)
 
     def set_params(self, params: Sequence[View]) -> None:
@@ -235,78 +206,15 @@ class Table:
         for part in self._parts:
             part.tensors["grad"] = [grads[i].address for i in part.indices]
 
-    def run(self, rule: str, zero_grads: bool, *coefficients: float) -> None:
-        """Run a rule's kernel over all arrays, one parallel region per dtype."""
+    def update(self, rule: Rule, step: int, lr: float, grad_scale: float, zero_grads: bool) -> None:
+        """Update parameters and states in place, by one parallel region per dtype.
+
+        ``step`` is 1 at the first.
+        """
+        numbers = rule.at(step, lr, grad_scale)
         for part in self._parts:
             part.zero_grads[0] = zero_grads
-            part.coefficients[: len(coefficients)] = coefficients
+            part.coefficients[: len(numbers)] = numbers
             share = part.elements >= SHARED_FROM
-            kernel = update_kernel(rule, part.real)
+            kernel = update_kernel(rule.kernel, part.real)
             threads.run(kernel, part.address, len(part.tasks), share, part)
-
-
-def gradient_descent(
-    table: Table,
-    lr: float,
-    *,
-    weight_decay: float = 0.0,
-    grad_scale: float = 1.0,
-    zero_grads: bool = False,
-) -> None:
-    """Update the parameters of ``table`` in place: theta <- theta - lr g."""
-    table.run("descent", zero_grads, grad_scale, weight_decay, lr)
-
-
-def momentum(
-    table: Table,
-    lr: float,
-    gamma: float,
-    nesterov: bool = False,
-    *,
-    weight_decay: float = 0.0,
-    grad_scale: float = 1.0,
-    zero_grads: bool = False,
-) -> None:
-    """Update parameters and velocities in place: v <- gamma v + lr g; theta <- theta - v."""
-    by_v, by_g = (gamma, lr) if nesterov else (1.0, 0.0)
-    table.run("momentum", zero_grads, grad_scale, weight_decay, gamma, lr, by_v, by_g)
-
-
-def momentum_pytorch(
-    table: Table,
-    first: bool,
-    lr: float,
-    gamma: float,
-    dampening: float = 0.0,
-    nesterov: bool = False,
-    *,
-    weight_decay: float = 0.0,
-    grad_scale: float = 1.0,
-    zero_grads: bool = False,
-) -> None:
-    """Update parameters and buffers in place as torch.optim.SGD does.
-
-    At the first step, said by ``first``, the buffers become the gradients, undamped.
-    """
-    keep, add = (0.0, 1.0) if first else (gamma, 1.0 - dampening)
-    by_v, by_g = (lr * gamma, lr) if nesterov else (lr, 0.0)
-    table.run("momentum", zero_grads, grad_scale, weight_decay, keep, add, by_v, by_g)
-
-
-def adam(
-    table: Table,
-    step: int,
-    lr: float = 1e-3,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
-    *,
-    weight_decay: float = 0.0,
-    decoupled: bool = False,
-    grad_scale: float = 1.0,
-    zero_grads: bool = False,
-) -> None:
-    """Update parameters and both moments in place; ``step`` is 1 at the first."""
-    l2, decay = (0.0, lr * weight_decay) if decoupled else (weight_decay, 0.0)
-    rate, root = lr / (1.0 - beta1**step), 1.0 / sqrt(1.0 - beta2**step)
-    table.run("adam", zero_grads, grad_scale, l2, decay, beta1, beta2, eps, rate, root)

@@ -1,24 +1,38 @@
 """The CUDA backend: kernels in CUDA C++, launched through CuPy.
 
-It exports what ``fastseg.dispatch.Backend`` types, as the CPU backend does.
+`Backend` exports what ``fastseg.dispatch.Backend`` types, as the CPU's package does.
 """
 
-from fastseg_kernels.cuda.evaluation import evaluate
-from fastseg_kernels.cuda.labels import count_labels
-from fastseg_kernels.cuda.logistic import sigmoid
-from fastseg_kernels.cuda.overlap import gradient, statistics
-from fastseg_kernels.cuda.updates import Table as update_table
-from fastseg_kernels.cuda.updates import adam, gradient_descent, momentum, momentum_pytorch
+from __future__ import annotations
 
-__all__ = [
-    "adam",
-    "count_labels",
-    "evaluate",
-    "gradient",
-    "gradient_descent",
-    "momentum",
-    "momentum_pytorch",
-    "sigmoid",
-    "statistics",
-    "update_table",
-]
+from collections.abc import Callable
+from typing import Any
+
+from fastseg_kernels.cuda import evaluation, labels, logistic, overlap, updates
+from fastseg_kernels.cuda.runtime import CuPyDriver, CuPyMemory, Device, Memory, TorchMemory
+
+MEMORIES: dict[str, Callable[[int], Memory]] = {"cupy": CuPyMemory, "torch": TorchMemory}
+"""Whose allocator and stream are used, by the name of the array library."""
+
+
+class Backend(Device):
+    """The verbs on one device: functions whose first argument is the device are its methods."""
+
+    statistics = overlap.statistics
+    gradient = overlap.gradient
+    evaluate = evaluation.evaluate
+    sigmoid = logistic.sigmoid
+    count_labels = labels.count_labels
+    state_like = updates.state_like
+
+    def update_table(self, params: Any, states: Any) -> updates.Table:
+        """Make the table of an optimiser's arrays."""
+        return updates.Table(self, params, states)
+
+
+def backend(library: str, index: int) -> Backend:
+    """Return the backend for arrays of a library ("cupy" or "torch") on a device."""
+    return Backend(CuPyDriver(index), MEMORIES[library](index))
+
+
+__all__ = ["Backend", "backend"]

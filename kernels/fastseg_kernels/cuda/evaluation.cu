@@ -1,24 +1,35 @@
 // From the sums to the value and the coefficients of the gradient: the table of terms.
 //
-// As ../cpu/evaluation.py, function by function. One thread does it all: there are a few rows, and
-// the host need not wait for the sums.
-#include "constants.cuh"
+// As ../cpu/evaluation.py, function by function, by one block, so that the host need not wait for
+// the sums. A thread takes whole rows of the sums; what is added up over rows is added up in one
+// order. Where a target was invalid, the value and all coefficients are NaN: nobody is told sooner.
+#include "operands.cuh"
+#include "reduction.cuh"
 
-struct Shape {
-  long long terms, samples, classes, columns;
+constexpr int NUMBERS = TABLE_NUMBERS;
+
+// The terms, TERM_FIELDS numbers each, and then for each term a weight for each class.
+struct Table {
+  double numbers[NUMBERS];
+  long long columns[SUM_NUMBER];  // where the sums that terms are made of are stored; -1: absent
 };
 
-// Copies a row of the sums that terms are made of, or adds up those of all samples.
-__device__ void collect(const double* sums, const long long* columns, Shape shape, long long n,
-                        long long c, bool batch, double* row) {
-  const long long first = batch ? 0 : n, last = batch ? shape.samples : n + 1;
-  for (int k = 0; k < SUM_NUMBER; ++k) {
-    row[k] = 0.0;
-    if (columns[k] < 0) continue;
-    for (long long sample = first; sample < last; ++sample)
-      row[k] += sums[(sample * shape.classes + c) * shape.columns + columns[k]];
+struct Shape {
+  long long terms, samples, classes, columns, invalid;  // `invalid`: the column of that name
+  long long reduction, single;                          // `single`: the value is written as float
+};
+
+// What a row's coefficients are multiplied by: a number, or numbers of the device.
+struct Scale {
+  double number;
+  const char* address;
+  long long code, stride_n, stride_c;
+
+  __device__ double of(long long n, long long c) const {
+    if (address == nullptr) return number;
+    return number * read_real<double>(address + n * stride_n + c * stride_c, code);
   }
-}
+};
 
 struct Region {
   double value, slope_f, slope_g;  // and its derivatives to the missed and the false alarms
@@ -73,97 +84,140 @@ __device__ Region region(const double* term, const double* sums) {
   return {value, outer * slope_f, outer * slope_g, true};
 }
 
-// Where a term's results go: one value for each row, or all of them in the first.
-struct Results {
-  double* values;
+// One evaluation, as every thread sees it.
+struct Work {
+  const double* sums;
+  const long long* columns;
+  Scale scale;
+  Shape shape;
   double* coefficients;
-  int reduction;
+  double* buffer;  // of block_sum
+
+  // Copies a row of the sums that terms are made of, or adds up those of all samples.
+  __device__ void collect(long long n, long long c, bool batch, double* row) const {
+    const long long first = batch ? 0 : n, last = batch ? shape.samples : n + 1;
+#pragma unroll
+    for (int k = 0; k < SUM_NUMBER; ++k) {
+      row[k] = 0.0;
+      if (columns[k] < 0) continue;
+      for (long long sample = first; sample < last; ++sample)
+        row[k] += sums[(sample * shape.classes + c) * shape.columns + columns[k]];
+    }
+  }
+
+  // Adds to a row's coefficients `at` and `at` + 1.
+  __device__ void add(long long n, long long c, int at, double first, double second) const {
+    double* row = coefficients + (n * shape.classes + c) * COEFFICIENTS + at;
+    row[0] += first;
+    row[1] += second;
+  }
 };
 
-__device__ double add_region(const double* term, const double* weights, const double* sums,
-                             const long long* columns, const double* scale, Shape shape,
-                             Results to) {
+// Both return the reduced value; the value of each row is written to `values` for reduction "none".
+// weights: of the term's classes; NaN leaves a class out.
+
+__device__ double add_region(const Work& w, const double* term, const double* weights,
+                             double* values) {
   const bool batch = term[TERM_BATCH] != 0.0;
-  const long long groups = batch ? (shape.samples < 1 ? shape.samples : 1) : shape.samples;
-  double row[SUM_NUMBER], total = 0.0;
-  long long kept = 0;
-  for (long long n = 0; n < groups; ++n)
-    for (long long c = 0; c < shape.classes; ++c) {
-      collect(sums, columns, shape, n, c, batch, row);
-      const Region r = region(term, row);
-      if (!r.kept || weights[c] != weights[c]) continue;  // NaN: the class is left out
-      ++kept;
-      total += weights[c] * r.value;
-      if (to.reduction == REDUCTION_NONE) to.values[n * shape.classes + c] = weights[c] * r.value;
+  const long long classes = w.shape.classes, samples = w.shape.samples;
+  const long long groups = !batch ? samples * classes : samples > 0 ? classes : 0;
+  double row[SUM_NUMBER], total = 0.0, kept = 0.0;
+  for (long long g = threadIdx.x; g < groups; g += THREADS) {
+    const long long n = g / classes, c = g % classes;
+    w.collect(n, c, batch, row);
+    const Region r = region(term, row);
+    if (!r.kept || weights[c] != weights[c]) continue;
+    kept += 1.0;
+    total += weights[c] * r.value;
+    if (w.shape.reduction == REDUCTION_NONE) values[g] = weights[c] * r.value;
+  }
+  total = sum_for_all(total, w.buffer);
+  kept = sum_for_all(kept, w.buffer);
+  const double share = w.shape.reduction != REDUCTION_MEAN ? 1.0 : kept > 0.0 ? 1.0 / kept : 0.0;
+  for (long long g = threadIdx.x; g < groups; g += THREADS) {
+    const long long c = g % classes, first = batch ? 0 : g / classes;
+    const long long last = batch ? samples : first + 1;
+    w.collect(first, c, batch, row);
+    const Region r = region(term, row);
+    if (!r.kept || weights[c] != weights[c]) continue;
+    const double factor = term[TERM_WEIGHT] * share * weights[c];
+    for (long long n = first; n < last; ++n) {
+      const double scaled = factor * w.scale.of(n, c);
+      w.add(n, c, 0, -scaled * r.slope_f, scaled * r.slope_g);
     }
-  const double share = to.reduction != REDUCTION_MEAN ? 1.0 : kept > 0 ? 1.0 / kept : 0.0;
-  for (long long n = 0; n < shape.samples; ++n)
-    for (long long c = 0; c < shape.classes; ++c) {
-      collect(sums, columns, shape, n, c, batch, row);
-      const Region r = region(term, row);
-      if (!r.kept || weights[c] != weights[c]) continue;
-      const long long at = n * shape.classes + c;
-      const double factor = term[TERM_WEIGHT] * share * scale[at] * weights[c];
-      to.coefficients[COEFFICIENTS * at] -= factor * r.slope_f;
-      to.coefficients[COEFFICIENTS * at + 1] += factor * r.slope_g;
-    }
+  }
   return total * share;
 }
 
-__device__ double add_bce(const double* term, const double* weights, const double* sums,
-                          const long long* columns, const double* scale, Shape shape, Results to) {
+__device__ double add_bce(const Work& w, const double* term, const double* weights,
+                          double* values) {
   const int rule = int(term[TERM_NORMALIZE]);
-  const int by = rule == NORMALIZE_ALL ? SUM_VOXELS : SUM_COUNT;
+  const bool all = rule == NORMALIZE_ALL;
   const double pos_weight = term[TERM_POS_WEIGHT];
-  double row[SUM_NUMBER], voxels = 0.0, total = 0.0;
-  long long kept = 0;
-  for (long long n = 0; n < shape.samples; ++n)
-    for (long long c = 0; c < shape.classes; ++c) {
-      collect(sums, columns, shape, n, c, false, row);
-      if (weights[c] != weights[c]) continue;
-      kept += row[SUM_COUNT] > 0.0;
-      if (row[SUM_COUNT] > 0.0 || by == SUM_VOXELS) voxels += row[by];
-    }
-  for (long long n = 0; n < shape.samples; ++n)
-    for (long long c = 0; c < shape.classes; ++c) {
-      collect(sums, columns, shape, n, c, false, row);
-      if (weights[c] != weights[c] || row[SUM_COUNT] == 0.0) continue;
-      const bool mean = to.reduction == REDUCTION_MEAN;
-      const double share = rule == NORMALIZE_SUM ? (mean ? 1.0 / kept : 1.0)
-                                                 : 1.0 / (mean ? voxels : row[by]);
-      double value = row[SUM_BCE_SUM] + row[SUM_BCE_NEG_SUM];
-      if (pos_weight != 0.0) value += pos_weight * row[SUM_BCE_POS_SUM];
-      const long long at = n * shape.classes + c;
-      double factor = weights[c] * share;
-      total += factor * value;
-      if (to.reduction == REDUCTION_NONE) to.values[at] = factor * value;
-      factor *= term[TERM_WEIGHT] * scale[at];
-      to.coefficients[COEFFICIENTS * at + 2] += factor * pos_weight;
-      to.coefficients[COEFFICIENTS * at + 3] += factor;
-    }
-  return total;
+  const long long classes = w.shape.classes, rows = w.shape.samples * classes;
+  const bool mean = w.shape.reduction == REDUCTION_MEAN;
+  double row[SUM_NUMBER], voxels = 0.0, kept = 0.0, total = 0.0;
+  for (long long g = threadIdx.x; g < rows; g += THREADS) {
+    w.collect(g / classes, g % classes, false, row);
+    if (weights[g % classes] != weights[g % classes]) continue;
+    kept += row[SUM_COUNT] > 0.0;
+    if (row[SUM_COUNT] > 0.0 || all) voxels += all ? row[SUM_VOXELS] : row[SUM_COUNT];
+  }
+  voxels = sum_for_all(voxels, w.buffer);
+  kept = sum_for_all(kept, w.buffer);
+  for (long long g = threadIdx.x; g < rows; g += THREADS) {
+    const long long n = g / classes, c = g % classes;
+    w.collect(n, c, false, row);
+    if (weights[c] != weights[c] || row[SUM_COUNT] == 0.0) continue;
+    const double share = rule == NORMALIZE_SUM ? (mean ? 1.0 / kept : 1.0)
+                                               : 1.0 / (mean  ? voxels
+                                                      : all ? row[SUM_VOXELS]
+                                                            : row[SUM_COUNT]);
+    double value = row[SUM_BCE_SUM] + row[SUM_BCE_NEG_SUM];
+    if (pos_weight != 0.0) value += pos_weight * row[SUM_BCE_POS_SUM];
+    double factor = weights[c] * share;
+    total += factor * value;
+    if (w.shape.reduction == REDUCTION_NONE) values[g] = factor * value;
+    factor *= term[TERM_WEIGHT] * w.scale.of(n, c);
+    w.add(n, c, 2, factor * pos_weight, factor);
+  }
+  return sum_for_all(total, w.buffer);
 }
 
-// terms: (terms, TERM_FIELDS), weights: (terms, classes), sums: (samples, classes, columns),
-// columns: (SUM_NUMBER,), scale: (samples, classes); value: (1,), or (samples, classes) for
-// reduction "none"; by_term: as many for each term; coefficients: (samples, classes, COEFFICIENTS).
-__global__ void evaluate(const double* terms, const double* weights, const double* sums,
-                                    const long long* columns, const double* scale, Shape shape,
-                                    int reduction, double* value, double* by_term,
-                                    double* coefficients) {
+// table: by value, or in `more` if there are more than NUMBERS numbers. sums: (samples, classes,
+// columns). value: one, or (samples, classes) for reduction "none", double or float; by_term: as
+// many doubles for each term; coefficients: (samples, classes, COEFFICIENTS). grid: 1.
+__global__ void __launch_bounds__(THREADS, 1)
+evaluate(const __grid_constant__ Table table, const double* more, const double* sums,
+         const __grid_constant__ Scale scale, const __grid_constant__ Shape shape, void* value,
+         double* by_term, double* coefficients) {
+  __shared__ double buffer[WARPS];
+  const double* numbers = more == nullptr ? table.numbers : more;
   const long long rows = shape.samples * shape.classes;
-  const long long values = reduction == REDUCTION_NONE ? rows : 1;
-  for (long long i = 0; i < values; ++i) value[i] = 0.0;
-  for (long long i = 0; i < values * shape.terms; ++i) by_term[i] = 0.0;
-  for (long long i = 0; i < rows * COEFFICIENTS; ++i) coefficients[i] = 0.0;
+  const long long values = shape.reduction == REDUCTION_NONE ? rows : 1;
+  double invalid = 0.0;
+  for (long long i = threadIdx.x; i < rows; i += THREADS)
+    invalid += sums[i * shape.columns + shape.invalid];
+  invalid = sum_for_all(invalid, buffer);
+  const double start = invalid > 0.0 ? __longlong_as_double(0x7ff8000000000000LL) : 0.0;
+  for (long long i = threadIdx.x; i < rows * COEFFICIENTS; i += THREADS) coefficients[i] = start;
+  for (long long i = threadIdx.x; i < values * shape.terms; i += THREADS) by_term[i] = start;
+  __syncthreads();
+  const Work work = {sums, table.columns, scale, shape, coefficients, buffer};
   for (long long k = 0; k < shape.terms; ++k) {
-    const double* term = terms + k * TERM_FIELDS;
-    const double* factors = weights + k * shape.classes;
-    const Results to = {by_term + k * values, coefficients, reduction};
-    const double total = term[TERM_KIND] == KIND_BCE
-                             ? add_bce(term, factors, sums, columns, scale, shape, to)
-                             : add_region(term, factors, sums, columns, scale, shape, to);
-    if (reduction != REDUCTION_NONE) to.values[0] = total;
-    for (long long i = 0; i < values; ++i) value[i] += term[TERM_WEIGHT] * to.values[i];
+    const double* term = numbers + k * TERM_FIELDS;
+    const double* weights = numbers + shape.terms * TERM_FIELDS + k * shape.classes;
+    double* const results = by_term + k * values;
+    const double total = term[TERM_KIND] == KIND_BCE ? add_bce(work, term, weights, results)
+                                                     : add_region(work, term, weights, results);
+    if (shape.reduction != REDUCTION_NONE && threadIdx.x == 0) results[0] = total + start;
+    __syncthreads();  // another thread may have the row in the next term
+  }
+  for (long long i = threadIdx.x; i < values; i += THREADS) {
+    double sum = start;
+    for (long long k = 0; k < shape.terms; ++k)
+      sum += numbers[k * TERM_FIELDS + TERM_WEIGHT] * by_term[k * values + i];
+    if (shape.single) static_cast<float*>(value)[i] = float(sum);
+    else static_cast<double*>(value)[i] = sum;
   }
 }

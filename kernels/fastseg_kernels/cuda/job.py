@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from math import prod
 from typing import Any
 
 import numpy as np
 
-from fastseg_kernels.constants import DTYPE_CODES, MAX_DIMS
+from fastseg_kernels.constants import DTYPE_CODES, ITEM_SIZES, MAX_DIMS
+from fastseg_kernels.cuda.modules import GROUP, THREADS
 from fastseg_kernels.views import Geometry, Layout, merge_layouts
 
 OPERAND = np.dtype(
@@ -44,10 +47,28 @@ JOB = np.dtype(
 
 MOST_TASKS = 2**31 - 1
 """Kernels count tasks in 32 bits."""
+SHORTEST_BLOCK = 4 * THREADS * GROUP
+"""Voxels of a task: its epilogue, a sum over the threads for each column, stays below a tenth."""
+MOST_BLOCKS = 4096
+"""Tasks per row at the most: what the second kernel adds up, and 400 KB of partial sums."""
+ADDRESSES = tuple(OPERAND.itemsize // 8 * k for k in range(len(OPERANDS)))
+"""Where the operands' addresses are in a job seen as words: setting them so is the fastest way."""
 
 
-def fill_geometry(record: Any, layouts: dict[str, Layout]) -> Geometry:
-    """Write ``layouts`` (N, C, *spatial), by their names in the job, with merged spatial axes."""
+def block_length(voxels: int) -> int:
+    """Return the voxels per task for a row of ``voxels``."""
+    length = max(SHORTEST_BLOCK, -(-voxels // MOST_BLOCKS))
+    step = THREADS * GROUP
+    return -(-length // step) * step
+
+
+def make_job(layouts: dict[str, Layout]) -> tuple[Any, Geometry]:
+    """Return a job for ``layouts`` (N, C, *spatial), by their names in it, and their merged axes.
+
+    All but the addresses of the operands is filled in, and what targets mean.
+    """
+    job = np.zeros(1, JOB)
+    record: Any = job[0]
     first, geometry = next(iter(layouts.values())), merge_layouts(layouts.values())
     record["samples"], record["classes"] = first.shape[:2]
     record["ndim"] = len(geometry.sizes)
@@ -57,4 +78,29 @@ def fill_geometry(record: Any, layouts: dict[str, Layout]) -> Geometry:
         operand["code"] = DTYPE_CODES[layout.dtype]
         operand["stride_n"], operand["stride_c"] = layout.strides[:2]
         operand["strides"][: len(strides)] = strides
-    return geometry
+    voxels = prod(first.shape[2:])
+    block = block_length(voxels)
+    record["voxels"], record["block"], record["blocks"] = voxels, block, -(-voxels // block)
+    record["tasks"] = tasks = prod(first.shape[:2]) * int(record["blocks"])
+    if tasks > MOST_TASKS:
+        raise ValueError(f"at most {MOST_TASKS} rows are supported, got {first.shape[:2]}")
+    return job, geometry
+
+
+def counter(voxels: int) -> str:
+    """Return the CUDA type that counts the voxels of a row."""
+    return "unsigned" if voxels < 2**32 else "unsigned long long"
+
+
+def addressed(job: Any, addresses: Iterable[int]) -> Any:
+    """Return a copy of a job with the addresses of its operands."""
+    words = job.view(np.int64).copy()
+    for word, address in zip(ADDRESSES, addresses, strict=False):
+        words[word] = address
+    return words.view(JOB)
+
+
+def is_run(geometry: Geometry, k: int, layout: Layout) -> bool:
+    """Tell whether operand ``k``'s rows are runs of memory."""
+    one_run = len(geometry.sizes) == 1 and geometry.strides[k][0] == ITEM_SIZES[layout.dtype]
+    return one_run or geometry.sizes == (1,)

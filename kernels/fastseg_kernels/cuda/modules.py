@@ -12,8 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fastseg_kernels import constants
-from fastseg_kernels.cuda.runtime import runtime
+from fastseg_kernels import constants, updates
 
 THREADS = 256
 """Of a block: four warps for each of a multiprocessor's four schedulers at half occupancy."""
@@ -24,8 +23,13 @@ TYPES = {
 }  # fmt: skip
 """What CUDA calls the floating-point dtypes."""
 CHUNK = 4096
-"""Elements of a parameter update's task: four for each thread, four times."""
+"""Elements of a parameter update's task, or a part of them: four for each thread, four times."""
 OPTIONS = ("--std=c++17",)
+TABLE_NUMBERS = 448
+"""Numbers of a table of terms that are passed by value: a kernel's arguments take 4096 bytes, and
+this is 20 terms of 6 classes. Larger tables are uploaded."""
+LABEL_CLASSES = 2048
+"""Classes whose counts fit the shared memory that every GPU has, three numbers of 4 bytes each."""
 
 _INCLUDE = re.compile(r'#include "(\w+\.cuh)"\n')
 _FOLDER = Path(__file__).parent
@@ -43,7 +47,9 @@ def shared_constants() -> str:
             f"constexpr int MAX_DIMS = {constants.MAX_DIMS};\n",
             f"constexpr int THREADS = {THREADS};  // of a block\n",
             f"constexpr int GROUP = {GROUP};  // voxels added up by a thread before widening\n",
-            f"constexpr int UPDATE_CHUNK = {CHUNK};\n",
+            f"constexpr int UPDATE_COEFFICIENTS = {updates.COEFFICIENTS};\n",
+            f"constexpr int TABLE_NUMBERS = {TABLE_NUMBERS};\n",
+            f"constexpr int LABEL_CLASSES = {LABEL_CLASSES};\n",
             f"constexpr int TARGETS_AS_STORED = {constants.TARGETS_AS_STORED};\n",
             f"constexpr int TARGETS_NONZERO = {constants.TARGETS_NONZERO};\n",
             f"constexpr int TARGETS_EQUAL = {constants.TARGETS_EQUAL};\n",
@@ -75,14 +81,3 @@ def text(file: str) -> str:
         return _INCLUDE.sub(lambda found: read(found[1]), content)
 
     return read(file)
-
-
-@cache
-def _kernel(owner: Any, file: str, name: str) -> Any:
-    return owner.module(text(file), OPTIONS, (name,)).get_function(name)
-
-
-def kernel(file: str, name: str) -> Any:
-    """Return the kernel ``name`` of a .cu file, compiled once; a template with its arguments."""
-    owner: Any = runtime()
-    return _kernel(owner, file, name)

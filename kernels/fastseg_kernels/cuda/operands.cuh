@@ -42,16 +42,40 @@ __device__ __forceinline__ E element(const char* address) {
   return *reinterpret_cast<const E*>(address);
 }
 
-// Where voxel (n, c, voxel) of an operand lies.
-__device__ __forceinline__ const char* locate(const Operand& o, const Job& job, long long n,
-                                              long long c, long long voxel) {
-  const char* address = o.address + n * o.stride_n + c * o.stride_c;
-  for (int axis = int(job.ndim) - 1; axis > 0; --axis) {
-    address += voxel % job.sizes[axis] * o.strides[axis];
-    voxel /= job.sizes[axis];
+// How far from its address each operand has its row, and a voxel of it.
+struct Place {
+  long long logits, targets, mask, weights, out;
+
+  // The row of sample n and class c.
+  __device__ __forceinline__ Place(const Job& job, long long n, long long c)
+      : logits(n * job.logits.stride_n + c * job.logits.stride_c),
+        targets(n * job.targets.stride_n + c * job.targets.stride_c),
+        mask(n * job.mask.stride_n + c * job.mask.stride_c),
+        weights(n * job.weights.stride_n + c * job.weights.stride_c),
+        out(n * job.out.stride_n + c * job.out.stride_c) {}
+
+  __device__ __forceinline__ void move(const Job& job, int axis, long long steps) {
+    logits += steps * job.logits.strides[axis];
+    targets += steps * job.targets.strides[axis];
+    mask += steps * job.mask.strides[axis];
+    weights += steps * job.weights.strides[axis];
+    out += steps * job.out.strides[axis];
   }
-  return address + voxel * o.strides[0];
-}
+
+  // A voxel of this row. I: an unsigned type that counts the voxels of a row; a division of 64 bits
+  // is a call of some seventy instructions.
+  template <typename I>
+  __device__ __forceinline__ Place voxel(const Job& job, I number) const {
+    Place there = *this;
+    for (int axis = int(job.ndim) - 1; axis > 0; --axis) {
+      const I size = I(job.sizes[axis]), rest = number / size;
+      there.move(job, axis, (long long)(number - rest * size));
+      number = rest;
+    }
+    there.move(job, 0, (long long)number);
+    return there;
+  }
+};
 
 template <typename T>
 __device__ __forceinline__ T read_real(const char* address, long long code) {
@@ -97,12 +121,11 @@ __device__ __forceinline__ int classify(L label, L ignore, L positive, const Job
 }
 
 template <typename V, typename T = typename V::Real>
-__device__ __forceinline__ Voxel<T> read_voxel(const Job& job, long long n, long long c,
-                                               long long voxel) {
+__device__ __forceinline__ Voxel<T> read_voxel(const Job& job, const Place& at) {
   Voxel<T> v;
   v.left_out = false;
-  v.x = read_real<T>(locate(job.logits, job, n, c, voxel), job.logits.code);
-  const char* target = locate(job.targets, job, n, c, voxel);
+  v.x = read_real<T>(job.logits.address + at.logits, job.logits.code);
+  const char* target = job.targets.address + at.targets;
   if (!job.labelled) {
     v.p = read_real<T>(target, job.targets.code);
     v.left_out = job.has_ignore && v.p == T(job.ignore_real);
@@ -113,14 +136,15 @@ __device__ __forceinline__ Voxel<T> read_voxel(const Job& job, long long n, long
     const double label = read_real<double>(target, job.targets.code);
     v.p = T(classify(label, job.ignore_real, job.positive_real, job, v.left_out));
   }
-  v.w = V::weighted ? read_real<T>(locate(job.weights, job, n, c, voxel), job.weights.code) : T(1);
+  v.w = V::weighted ? read_real<T>(job.weights.address + at.weights, job.weights.code) : T(1);
   if (job.mask.address != nullptr)
-    v.left_out |= read_integer(locate(job.mask, job, n, c, voxel), job.mask.code) == 0;
+    v.left_out |= read_integer(job.mask.address + at.mask, job.mask.code) == 0;
   return v;
 }
 
 template <typename T>
-__device__ __forceinline__ void write_real(char* address, long long code, T value) {
+__device__ __forceinline__ void write_real(const char* where, long long code, T value) {
+  char* const address = const_cast<char*>(where);
   switch (code) {
     case CODE_FLOAT32: *reinterpret_cast<float*>(address) = float(value); break;
     case CODE_FLOAT64: *reinterpret_cast<double*>(address) = double(value); break;
@@ -129,30 +153,24 @@ __device__ __forceinline__ void write_real(char* address, long long code, T valu
   }
 }
 
-// Four voxels at once: 16 bytes of float, 8 of a half. Any address will do: where it is not that of
-// a vector they are read one by one, by the same thread.
+// Four voxels at once: 16 bytes of float, 8 of a half.
 template <typename E>
 struct alignas(4 * sizeof(E) > 16 ? 16 : 4 * sizeof(E)) Four {
   E element[4];
 };
 
+// At these the following may be read and written at once.
+template <typename E>
+__device__ __forceinline__ bool is_aligned(const E* address) {
+  return reinterpret_cast<unsigned long long>(address) % alignof(Four<E>) == 0;
+}
+
 template <typename E>
 __device__ __forceinline__ Four<E> read_four(const E* address) {
-  typedef Four<E> Vector;
-  if (reinterpret_cast<unsigned long long>(address) % alignof(Vector) == 0)
-    return *reinterpret_cast<const Vector*>(address);
-  Vector values;
-#pragma unroll
-  for (int j = 0; j < 4; ++j) values.element[j] = address[j];
-  return values;
+  return *reinterpret_cast<const Four<E>*>(address);
 }
 
 template <typename E>
 __device__ __forceinline__ void write_four(E* address, const Four<E>& values) {
-  if (reinterpret_cast<unsigned long long>(address) % alignof(Four<E>) == 0) {
-    *reinterpret_cast<Four<E>*>(address) = values;
-    return;
-  }
-#pragma unroll
-  for (int j = 0; j < 4; ++j) address[j] = values.element[j];
+  *reinterpret_cast<Four<E>*>(address) = values;
 }

@@ -5,8 +5,7 @@
 // tasks of a row by their number. Which thread adds which voxel is fixed too. So the bits depend on
 // neither the size of the grid nor the order in which blocks come.
 #include "operands.cuh"
-
-constexpr int WARPS = THREADS / 32;
+#include "reduction.cuh"
 
 // Where a task's voxels are.
 struct Run {
@@ -67,76 +66,76 @@ struct Totals {
       column[At::hard + 3] += s.undefined;
     }
   }
+
+  // Adds up those of all threads of the block and writes them.
+  __device__ __forceinline__ void write(double* sums) const {
+    __shared__ double buffer[WARPS];
+    for (int k = 0; k < Columns<V>::number; ++k) {
+      const double sum = block_sum(column[k], buffer);
+      if (threadIdx.x == 0) sums[k] = sum;
+    }
+  }
 };
 
-// Adds up a number of every thread of a block, in one order; the sum is in thread 0.
-__device__ __forceinline__ double block_sum(double value, double* buffer) {
-  for (int distance = 16; distance > 0; distance /= 2)
-    value += __shfl_down_sync(0xffffffffu, value, distance);
-  __syncthreads();  // the buffer may still be read for the column before
-  if (threadIdx.x % 32 == 0) buffer[threadIdx.x / 32] = value;
-  __syncthreads();
-  if (threadIdx.x == 0)
-    for (int warp = 1; warp < WARPS; ++warp) value += buffer[warp];
-  return value;
+template <typename T, typename E>
+__device__ __forceinline__ Voxel<T> plain_voxel(E x, unsigned char p) {
+  return Voxel<T>{T(widened(x)), T(p), T(1), false};
 }
 
-// Rows that lie in memory as they are: predictions of type E, and labels of one byte.
-template <typename V, typename E, typename T = typename V::Real>
-__device__ __forceinline__ void add_four(Sums<T>& s, const E* x, const unsigned char* p,
-                                         T threshold) {
-  const Four<E> xs = read_four(x);
-  const Four<unsigned char> ps = read_four(p);
-#pragma unroll
-  for (int j = 0; j < 4; ++j)
-    add<V>(s, Voxel<T>{T(widened(xs.element[j])), T(ps.element[j]), T(1), false}, threshold);
-}
-
+// For rows that are runs of memory: predictions of type E, and labels of one byte.
 // grid: at most samples * classes * blocks; block: THREADS.
 // sums: (samples, classes, blocks, columns)
 template <typename V, typename E>
-__global__ void __launch_bounds__(THREADS)
-statistics_in_place(const Job job, double* __restrict__ sums) {
+__global__ void __launch_bounds__(THREADS, V::resident)
+statistics_in_place(const __grid_constant__ Job job, double* __restrict__ sums) {
   typedef typename V::Real T;
-  __shared__ double buffer[WARPS];
+  constexpr int VECTORS = GROUP / 4;
   const T threshold = T(job.threshold);
   for (unsigned number = blockIdx.x; number < job.tasks; number += gridDim.x) {
     const Run run(job, number);
     const E* x = reinterpret_cast<const E*>(run.row_of(job.logits));
     const unsigned char* p = reinterpret_cast<const unsigned char*>(run.row_of(job.targets));
+    const bool aligned = is_aligned(x) && is_aligned(p);
     Totals<V> totals;
     for (long long start = run.first; start < run.end; start += THREADS * GROUP) {
       Sums<T> s;
       int voxels = 0;
+      const long long mine = start + 4 * threadIdx.x;
+      if (aligned && start + THREADS * GROUP <= run.end) {  // all loads before their first use
+        Four<E> xs[VECTORS];
+        Four<unsigned char> ps[VECTORS];
 #pragma unroll
-      for (int k = 0; k < GROUP; k += 4) {
-        const long long i = start + 4 * threadIdx.x + k * THREADS;
-        if (i + 4 <= run.end) {
-          add_four<V>(s, x + i, p + i, threshold);
-          voxels += 4;
-        } else {
-          for (long long j = i; j < run.end; ++j, ++voxels)
-            add<V>(s, Voxel<T>{T(widened(x[j])), T(p[j]), T(1), false}, threshold);
+        for (int k = 0; k < VECTORS; ++k) {
+          xs[k] = read_four(x + mine + k * (4 * THREADS));
+          ps[k] = read_four(p + mine + k * (4 * THREADS));
+        }
+#pragma unroll
+        for (int k = 0; k < GROUP; ++k)
+          add<V>(s, plain_voxel<T>(xs[k / 4].element[k % 4], ps[k / 4].element[k % 4]), threshold);
+        voxels = GROUP;
+      } else {
+        for (int k = 0; k < GROUP; ++k) {
+          const long long i = mine + k / 4 * (4 * THREADS) + k % 4;
+          if (i >= run.end) continue;
+          add<V>(s, plain_voxel<T>(x[i], p[i]), threshold);
+          ++voxels;
         }
       }
       totals.widen(s, voxels);
     }
-    for (int k = 0; k < Columns<V>::number; ++k) {
-      const double sum = block_sum(totals.column[k], buffer);
-      if (threadIdx.x == 0) sums[number * (long long)Columns<V>::number + k] = sum;
-    }
+    totals.write(sums + number * (long long)Columns<V>::number);
   }
 }
 
-// As above, for every other array.
-template <typename V>
-__global__ void __launch_bounds__(THREADS)
-statistics_anywhere(const Job job, double* __restrict__ sums) {
+// As above, for every other array. I: counts the voxels of a row.
+template <typename V, typename I>
+__global__ void __launch_bounds__(THREADS, 1)
+statistics_anywhere(const __grid_constant__ Job job, double* __restrict__ sums) {
   typedef typename V::Real T;
-  __shared__ double buffer[WARPS];
   const T threshold = T(job.threshold);
   for (unsigned number = blockIdx.x; number < job.tasks; number += gridDim.x) {
     const Run run(job, number);
+    const Place row(job, run.n, run.c);
     Totals<V> totals;
     for (long long start = run.first; start < run.end; start += THREADS * GROUP) {
       Sums<T> s;
@@ -145,16 +144,13 @@ statistics_anywhere(const Job job, double* __restrict__ sums) {
         // The voxels, and the order, of the kernel above: the bits do not depend on the layout.
         const long long i = start + 4 * threadIdx.x + k / 4 * (4 * THREADS) + k % 4;
         if (i >= run.end) continue;
-        const Voxel<T> v = read_voxel<V>(job, run.n, run.c, i);
+        const Voxel<T> v = read_voxel<V>(job, row.voxel(job, I(i)));
         ++voxels;
         if (!v.left_out) add<V>(s, v, threshold);
       }
       totals.widen(s, voxels);
     }
-    for (int k = 0; k < Columns<V>::number; ++k) {
-      const double sum = block_sum(totals.column[k], buffer);
-      if (threadIdx.x == 0) sums[number * (long long)Columns<V>::number + k] = sum;
-    }
+    totals.write(sums + number * (long long)Columns<V>::number);
   }
 }
 
@@ -177,53 +173,55 @@ add_tasks(const double* __restrict__ sums, long long blocks, int columns,
 template <typename T>
 __device__ __forceinline__ void read_coefficients(const double* coefficients, long long row, T* k) {
 #pragma unroll
-  for (int j = 0; j < 4; ++j) k[j] = T(coefficients[row * 4 + j]);
+  for (int j = 0; j < COEFFICIENTS; ++j) k[j] = T(coefficients[row * COEFFICIENTS + j]);
 }
 
 // grid: at most the tasks; block: THREADS. coefficients: (samples, classes, 4). The output lies as
 // the logits do, or is the logits: no address is read once it was written.
 template <typename V, typename E>
 __global__ void __launch_bounds__(THREADS)
-gradient_in_place(const Job job, const double* __restrict__ coefficients) {
+gradient_in_place(const __grid_constant__ Job job, const double* __restrict__ coefficients) {
   typedef typename V::Real T;
   for (unsigned number = blockIdx.x; number < job.tasks; number += gridDim.x) {
     const Run run(job, number);
     const E* x = reinterpret_cast<const E*>(run.row_of(job.logits));
     const unsigned char* p = reinterpret_cast<const unsigned char*>(run.row_of(job.targets));
     E* out = reinterpret_cast<E*>(const_cast<char*>(run.row_of(job.out)));
-    T k[4];
+    const bool aligned = is_aligned(x) && is_aligned(p) && is_aligned(out);
+    T k[COEFFICIENTS];
     read_coefficients(coefficients, run.row, k);
     for (long long i = run.first + 4 * threadIdx.x; i < run.end; i += 4 * THREADS) {
-      if (i + 4 <= run.end) {
+      if (aligned && i + 4 <= run.end) {
         const Four<E> xs = read_four(x + i);
         const Four<unsigned char> ps = read_four(p + i);
         Four<E> gs;
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-          narrow(slope<V>(Voxel<T>{T(widened(xs.element[j])), T(ps.element[j]), T(1), false}, k),
-                 gs.element[j]);
+          narrow(slope<V>(plain_voxel<T>(xs.element[j], ps.element[j]), k), gs.element[j]);
         write_four(out + i, gs);
       } else {
-        for (long long j = i; j < run.end; ++j)
-          narrow(slope<V>(Voxel<T>{T(widened(x[j])), T(p[j]), T(1), false}, k), out[j]);
+        for (long long j = i; j < i + 4 && j < run.end; ++j)
+          narrow(slope<V>(plain_voxel<T>(x[j], p[j]), k), out[j]);
       }
     }
   }
 }
 
-template <typename V>
-__global__ void __launch_bounds__(THREADS)
-gradient_anywhere(const Job job, const double* __restrict__ coefficients) {
+template <typename V, typename I>
+__global__ void __launch_bounds__(THREADS, 1)
+gradient_anywhere(const __grid_constant__ Job job, const double* __restrict__ coefficients) {
   typedef typename V::Real T;
   for (unsigned number = blockIdx.x; number < job.tasks; number += gridDim.x) {
     const Run run(job, number);
-    T k[4];
+    const Place row(job, run.n, run.c);
+    T k[COEFFICIENTS];
     read_coefficients(coefficients, run.row, k);
     for (long long i = run.first + threadIdx.x; i < run.end; i += THREADS) {
-      const Voxel<T> v = read_voxel<V>(job, run.n, run.c, i);
+      const Place at = row.voxel(job, I(i));
+      const Voxel<T> v = read_voxel<V>(job, at);
       // Exactly 0 where the voxel is left out, also where a coefficient is not finite.
       const T g = v.left_out ? T(0) : slope<V>(v, k);
-      write_real(const_cast<char*>(locate(job.out, job, run.n, run.c, i)), job.out.code, g);
+      write_real(job.out.address + at.out, job.out.code, g);
     }
   }
 }

@@ -16,6 +16,9 @@ struct Variant {
   static constexpr bool probs = ACTIVATION == PROBS;
   static constexpr bool overlap = FAMILIES & OVERLAP, hard = FAMILIES & HARD;
   static constexpr bool split = FAMILIES & BCE_SPLIT, bce = split || (FAMILIES & BCE);
+  // Thread blocks that a multiprocessor is to hold at once while it adds up rows in place: by this
+  // the compiler allots registers, and left to itself it spills some to have more blocks.
+  static constexpr int resident = sizeof(T) == 8 || split ? 1 : 3;
 };
 
 template <typename T>

@@ -1,79 +1,240 @@
-"""What the launchers need of CuPy: compiled modules, memory, the number of multiprocessors.
+"""A device as the launchers see it: memory of an array library, its stream, compiled kernels.
 
-CuPy is imported when the first kernel is asked for. Tests put a stand-in in its place that runs the
-same CUDA text on the CPU (`use`).
+A `Device` joins two things. The driver compiles and launches; it is CuPy's. The memory is that of
+the array library whose arrays were passed: what a call needs is taken from that library's
+allocator, and kernels are launched on that library's current stream, so that calls are ordered
+with everything else that the library does. Nothing here waits for the device but `Memory.to_host`.
+
+CuPy is imported when the first device is made; torch never is: a tensor could not have been passed.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 
-class Runtime(Protocol):
-    """A device, as far as a launcher knows it."""
+from fastseg_kernels.cuda.installation import cupy_module, explained, raise_explained
+from fastseg_kernels.cuda.modules import OPTIONS, THREADS, text
 
-    def module(self, code: str, options: tuple[str, ...], names: tuple[str, ...]) -> Any:
-        """Return a module of kernels, as `cupy.RawModule`."""
+UPLOAD = np.dtype([("words", np.int64, (480,))])
+"""What is passed by value at once: all arguments of a kernel together may take 4096 bytes."""
+
+
+class Driver(Protocol):
+    """One GPU: its compiler and its launches."""
+
+    multiprocessors: int
+
+    def kernel(self, code: str, options: tuple[str, ...], name: str) -> Any:
+        """Compile the kernel ``name`` of a CUDA text."""
+
+    def launch(self, kernel: Any, grid: int, arguments: tuple[Any, ...], stream: int) -> None:
+        """Launch a kernel of `THREADS` threads per block on a stream, given as its address."""
+
+
+class Memory(Protocol):
+    """The memory of an array library on one device, and the stream that it works on now."""
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """Return a new array of the device."""
-
-    def array(self, values: Any) -> Any:
-        """Return a C-contiguous array of the device with the same values; as it is if it is one."""
+        """Return a new C-contiguous array."""
 
     def address(self, array: Any) -> int:
-        """Return where an array of the device lies."""
+        """Return where an array lies."""
 
-    def multiprocessors(self) -> int:
-        """Return how many thread blocks run at least at once."""
+    def to_host(self, array: Any) -> NDArray[Any]:
+        """Copy an array to the host, and wait for it."""
+
+    def from_host(self, array: Any, values: NDArray[Any]) -> None:
+        """Write values of the host to an array of the same shape and dtype."""
+
+    def stream(self) -> int:
+        """Return the current stream, as its address."""
+
+    def is_capturing(self) -> bool:
+        """Tell whether the current stream is recorded into a graph."""
+
+    graphs_own_memory: bool
+    """What is allocated while a graph is recorded belongs to the graph."""
 
 
-class CuPy:
-    """The current device of CuPy."""
+class Device:
+    """One device with the memory and the stream of one array library."""
 
-    def __init__(self) -> None:
-        import cupy
+    def __init__(self, driver: Driver, memory: Memory) -> None:
+        self.driver, self.memory = driver, memory
+        self._kernels: dict[tuple[str, str], Any] = {}
+        self._of_graphs: list[Any] = []
 
-        self._cupy: Any = cupy
+    def empty(self, shape: tuple[int, ...], dtype: str = "float64") -> Any:
+        """Return a new C-contiguous array.
 
-    def module(self, code: str, options: tuple[str, ...], names: tuple[str, ...]) -> Any:
-        """Compile by NVRTC when a kernel is first got."""
-        return self._cupy.RawModule(code=code, options=options, name_expressions=names)
+        One made while a graph is recorded is kept for good: the graph goes on using it, and its
+        pool would give the memory to others.
+        """
+        array = self.memory.empty(shape, dtype)
+        if not self.memory.graphs_own_memory and self.memory.is_capturing():
+            self._of_graphs.append(array)
+        return array
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """Return a new C-contiguous array of zeros."""
+        array = self.empty(shape, dtype)
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if size > 0:
+            grid = self.grid(-(-size // (16 * THREADS)))
+            self.launch("memory.cu", "clear", grid, self.memory.address(array), size)
+        return array
+
+    def to_host(self, array: Any) -> NDArray[Any]:
+        """Copy an array of the device to the host, and wait for it."""
+        return self.memory.to_host(array)
+
+    def from_host(self, array: Any, values: NDArray[Any]) -> None:
+        """Write values to an array of the device."""
+        self.memory.from_host(array, values)
+
+    def upload(self, values: NDArray[Any]) -> Any:
+        """Return an array of the device with the same values (items of 8 bytes).
+
+        They travel as arguments of a kernel: the host does not wait, no page-locked memory is
+        needed, and a graph that records the call holds the values.
+        """
+        words = np.ascontiguousarray(values).view(np.int64).reshape(-1)
+        array = self.empty(values.shape, "int64" if values.dtype.kind == "V" else values.dtype.name)
+        limit = UPLOAD.fields["words"][0].shape[0]  # type: ignore[index]
+        for start in range(0, words.size, limit):
+            piece: Any = np.zeros(1, UPLOAD)
+            count = min(limit, words.size - start)
+            piece["words"][0, :count] = words[start : start + count]
+            target = self.memory.address(array) + 8 * start
+            self.launch("memory.cu", "upload", 1, target, np.int32(count), piece)
+        return array
+
+    def grid(self, tasks: int, per_multiprocessor: int = 8) -> int:
+        """Return the number of blocks for tasks that blocks take in turns."""
+        return max(1, min(tasks, per_multiprocessor * self.driver.multiprocessors))
+
+    def launch(self, file: str, name: str, grid: int, *arguments: Any) -> None:
+        """Launch the kernel ``name`` of a .cu file; a template with its arguments."""
+        kernel = self._kernels.get((file, name))
+        if kernel is None:
+            kernel = self.driver.kernel(text(file), OPTIONS, name)
+            self._kernels[file, name] = kernel
+        self.driver.launch(kernel, grid, arguments, self.memory.stream())
+
+
+class _Stream:
+    """A stream as CuPy's launches take it: they read its address alone."""
+
+    __slots__ = ("ptr",)
+
+    def __init__(self, ptr: int) -> None:
+        self.ptr = ptr
+
+
+class CuPyDriver:
+    """A GPU through CuPy."""
+
+    def __init__(self, index: int) -> None:
+        self.index, self._cupy = index, cupy_module()
+        with explained():
+            self._device = self._cupy.cuda.Device(index)
+            self.multiprocessors = int(self._device.attributes["MultiProcessorCount"])
+
+    def kernel(self, code: str, options: tuple[str, ...], name: str) -> Any:
+        """Compile by NVRTC, or take from CuPy's cache on disk."""
+        with explained(), self._device:
+            module = self._cupy.RawModule(code=code, options=options, name_expressions=(name,))
+            return module.get_function(name)
+
+    def launch(self, kernel: Any, grid: int, arguments: tuple[Any, ...], stream: int) -> None:
+        """Launch, on this device whichever is current."""
+        on = _Stream(stream)
+        if self._cupy.cuda.runtime.getDevice() == self.index:
+            kernel((grid,), (THREADS,), arguments, stream=on)
+        else:
+            with self._device:
+                kernel((grid,), (THREADS,), arguments, stream=on)
+
+
+class CuPyMemory:
+    """Memory of CuPy's current allocator, by default a pool."""
+
+    graphs_own_memory = False
+
+    def __init__(self, index: int) -> None:
+        self.index, self._cupy = index, cupy_module()
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """Take memory from CuPy's pool."""
-        return self._cupy.empty(shape, dtype)
-
-    def array(self, values: Any) -> Any:
-        """Copy to the device, on the current stream."""
-        return self._cupy.ascontiguousarray(self._cupy.asarray(values))
+        """Allocate on this device, on its current stream."""
+        try:
+            if self._cupy.cuda.runtime.getDevice() == self.index:
+                return self._cupy.empty(shape, dtype)
+            with self._cupy.cuda.Device(self.index):
+                return self._cupy.empty(shape, dtype)
+        except Exception as error:
+            raise_explained(error)
 
     def address(self, array: Any) -> int:
         """Return the device pointer."""
         return int(array.data.ptr)
 
-    def multiprocessors(self) -> int:
-        """Ask CuPy, which remembers."""
-        return int(self._cupy.cuda.Device().attributes["MultiProcessorCount"])
+    def to_host(self, array: Any) -> NDArray[Any]:
+        """Copy on the current stream and wait for it."""
+        return np.asarray(array.get())
+
+    def from_host(self, array: Any, values: NDArray[Any]) -> None:
+        """Copy on the current stream."""
+        array.set(values)
+
+    def _current(self) -> Any:
+        return self._cupy.cuda.get_current_stream(self.index)
+
+    def stream(self) -> int:
+        """Return CuPy's current stream."""
+        return int(self._current().ptr)
+
+    def is_capturing(self) -> bool:
+        """Ask the stream; the default stream cannot be recorded."""
+        current = self._current()
+        return bool(current.ptr not in (0, 1, 2) and current.is_capturing())
 
 
-_runtime: Runtime | None = None
+class TorchMemory:
+    """Memory of PyTorch's caching allocator."""
 
+    graphs_own_memory = True
 
-def runtime() -> Runtime:
-    """Return the runtime in use: CuPy unless `use` said otherwise."""
-    global _runtime
-    if _runtime is None:
-        _runtime = CuPy()
-    return _runtime
+    def __init__(self, index: int) -> None:
+        self._torch: Any = sys.modules["torch"]
+        self._device = self._torch.device("cuda", index)
 
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """Allocate on this device, on its current stream."""
+        try:
+            return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=self._device)
+        except Exception as error:
+            raise_explained(error)
 
-def use(other: Runtime | None) -> None:
-    """Put ``other`` in CuPy's place; None: CuPy again."""
-    global _runtime
-    _runtime = other
+    def address(self, array: Any) -> int:
+        """Return the device pointer."""
+        return int(array.data_ptr())
 
+    def to_host(self, array: Any) -> NDArray[Any]:
+        """Copy on the current stream and wait for it."""
+        return np.asarray(array.cpu().numpy())
 
-def blocks_for(tasks: int, per_multiprocessor: int = 8) -> int:
-    """Return the grid for a number of tasks that thread blocks take in turns."""
-    return max(1, min(tasks, per_multiprocessor * runtime().multiprocessors()))
+    def from_host(self, array: Any, values: NDArray[Any]) -> None:
+        """Copy on the current stream."""
+        array.copy_(self._torch.from_numpy(values))
+
+    def stream(self) -> int:
+        """Return PyTorch's current stream."""
+        return int(self._torch.cuda.current_stream(self._device).cuda_stream)
+
+    def is_capturing(self) -> bool:
+        """Ask PyTorch."""
+        return bool(self._torch.cuda.is_current_stream_capturing())

@@ -1,22 +1,32 @@
 // Parameter updates of whole lists of arrays: gradient descent, momentum, Adam.
 //
-// The rules are those of ../cpu/updates.py, with the same coefficients. The arrays of a list are
-// laid end to end, in thought, and cut into tasks of CHUNK elements; a task may hold many small
-// arrays or a part of a large one.
+// The rules, and their coefficients, are those of ../updates.py. The arrays of a list are laid end
+// to end, in thought, each at a multiple of four, and cut into tasks; a task may
+// hold many small arrays or a part of a large one.
 #include "operands.cuh"
 
-constexpr int CHUNK = UPDATE_CHUNK;
-
-template <typename T>
-struct Tensor {
-  T *param, *grad, *first, *second;
-  long long size;
-};
 struct Task {
   long long tensor, start;
 };
+
+// The coefficients of a step: numbers of the host, some of which are multiplied by numbers of the
+// device. An address that is null stands for 1.
 struct Coefficients {
-  double k[8];
+  double k[UPDATE_COEFFICIENTS];
+  const char *lr, *grad_scale;
+  long long lr_code, grad_scale_code;
+  long long by_lr;        // bit k: the step size multiplies coefficient k
+  const double* by_step;  // two factors, of the last two coefficients
+
+  __device__ __forceinline__ void read(double* to) const {
+    const double rate = lr == nullptr ? 1.0 : read_real<double>(lr, lr_code);
+#pragma unroll
+    for (int j = 0; j < UPDATE_COEFFICIENTS; ++j) to[j] = by_lr >> j & 1 ? k[j] * rate : k[j];
+    if (grad_scale != nullptr) to[0] *= read_real<double>(grad_scale, grad_scale_code);
+    if (by_step == nullptr) return;
+    to[UPDATE_COEFFICIENTS - 2] *= by_step[0];
+    to[UPDATE_COEFFICIENTS - 1] *= by_step[1];
+  }
 };
 
 // (high + low) state + added: a factor that acts step after step is kept as two numbers.
@@ -67,38 +77,55 @@ struct Adam {
   }
 };
 
-// grid: at most the tasks; block: THREADS.
-template <template <typename> class Rule, typename T>
+// Counts a step and writes what it multiplies the last two coefficients of Adam by. grid: 1.
 __global__ void __launch_bounds__(THREADS)
-update(const Tensor<T>* tensors, const Task* tasks, long long count, long long elements,
-       const Coefficients coefficients, bool zero_grads) {
-  const Rule<T> rule(coefficients.k);
+count_step(long long* step, double beta1, double beta2, double* by_step) {
+  if (threadIdx.x != 0) return;
+  const double number = double(++*step);
+  by_step[0] = 1.0 / (1.0 - pow(beta1, number));
+  by_step[1] = 1.0 / sqrt(1.0 - pow(beta2, number));
+}
+
+// params to sizes: of each array, as TENSOR_FIELDS. chunk: elements of a task; elements: of the
+// line, gaps included. grid: at most the tasks; block: THREADS.
+template <template <typename> class Rule, typename T>
+__global__ void __launch_bounds__(THREADS, 1)
+update(T* const* params, T* const* grads, T* const* firsts, T* const* seconds,
+       const long long* sizes, const Task* tasks, long long count, long long chunk,
+       long long elements, const __grid_constant__ Coefficients coefficients, bool zero_grads) {
+  double k[UPDATE_COEFFICIENTS];
+  coefficients.read(k);
+  const Rule<T> rule(k);
   constexpr int states = Rule<T>::states;
-  for (long long number = blockIdx.x; number < count; number += gridDim.x) {
-    long long index = tasks[number].tensor, start = tasks[number].start;
-    long long left = elements - number * CHUNK < CHUNK ? elements - number * CHUNK : CHUNK;
+  for (long long task = blockIdx.x; task < count; task += gridDim.x) {
+    long long index = tasks[task].tensor, start = tasks[task].start;
+    long long left = elements - task * chunk < chunk ? elements - task * chunk : chunk;
     for (; left > 0; ++index, start = 0) {
-      const Tensor<T> tensor = tensors[index];
-      const long long rest = tensor.size - start, here = left < rest ? left : rest;
+      T *const param = params[index], *const grad = grads[index];
+      T *const first = firsts[index], *const second = seconds[index];
+      const long long size = sizes[index], places = (size + 3) / 4 * 4 - start;
+      const long long here = left < places ? left : places;
+      const long long end = start + here < size ? start + here : size;
+      const bool aligned = is_aligned(param) && is_aligned(grad) && is_aligned(first) &&
+                           is_aligned(second);
       left -= here;
-      for (long long i = start + 4 * threadIdx.x; i < start + here; i += 4 * THREADS) {
-        if (i + 4 <= start + here) {
-          Four<T> theta = read_four(tensor.param + i), grad = read_four(tensor.grad + i);
-          Four<T> first = states > 0 ? read_four(tensor.first + i) : Four<T>{};
-          Four<T> second = states > 1 ? read_four(tensor.second + i) : Four<T>{};
+      for (long long i = start + 4 * threadIdx.x; i < end; i += 4 * THREADS) {
+        if (aligned && i + 4 <= end) {
+          Four<T> theta = read_four(param + i), g = read_four(grad + i);
+          Four<T> m = states > 0 ? read_four(first + i) : Four<T>{};
+          Four<T> v = states > 1 ? read_four(second + i) : Four<T>{};
 #pragma unroll
           for (int j = 0; j < 4; ++j)
-            rule(theta.element[j], grad.element[j], first.element[j], second.element[j]);
-          write_four(tensor.param + i, theta);
-          if (states > 0) write_four(tensor.first + i, first);
-          if (states > 1) write_four(tensor.second + i, second);
-          if (zero_grads) write_four(tensor.grad + i, Four<T>{});
+            rule(theta.element[j], g.element[j], m.element[j], v.element[j]);
+          write_four(param + i, theta);
+          if (states > 0) write_four(first + i, m);
+          if (states > 1) write_four(second + i, v);
+          if (zero_grads) write_four(grad + i, Four<T>{});
         } else {
-          for (long long j = i; j < start + here; ++j) {
+          for (long long j = i; j < i + 4 && j < end; ++j) {
             T none = 0;
-            rule(tensor.param[j], tensor.grad[j], states > 0 ? tensor.first[j] : none,
-                 states > 1 ? tensor.second[j] : none);
-            if (zero_grads) tensor.grad[j] = T(0);
+            rule(param[j], grad[j], states > 0 ? first[j] : none, states > 1 ? second[j] : none);
+            if (zero_grads) grad[j] = T(0);
           }
         }
       }

@@ -3,53 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod, sqrt
-from typing import Any, NamedTuple
+from math import prod
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fastseg_kernels.cuda.modules import CHUNK, THREADS, TYPES, kernel
-from fastseg_kernels.cuda.runtime import blocks_for, runtime
+from fastseg_kernels.constants import DTYPE_CODES
+from fastseg_kernels.cuda.modules import CHUNK, TYPES
+from fastseg_kernels.cuda.runtime import Device
+from fastseg_kernels.updates import (
+    BY_STEP,
+    COEFFICIENTS,
+    TENSOR_FIELDS,
+    Cut,
+    Rule,
+    corrections,
+    cut,
+)
 from fastseg_kernels.views import View
 
-TENSOR = np.dtype([(name, np.int64) for name in ("param", "grad", "first", "second", "size")])
-TASK = np.dtype([("tensor", np.int64), ("start", np.int64)])
-COEFFICIENTS = np.dtype([("k", np.float64, (8,))])
+FILE = "updates.cu"
+RULES = {"descent": "Descent", "momentum": "Momentum", "adam": "Adam"}
+RECORD = np.dtype(
+    [
+        ("k", np.float64, (COEFFICIENTS,)),
+        *((name, np.int64) for name in ("lr", "grad_scale", "lr_code", "grad_scale_code")),
+        ("by_lr", np.int64),
+        ("by_step", np.int64),
+    ]
+)
+MOST_TASKS = 16384
+"""Tasks at the most, in longer lists of more elements each: the device must be told of them."""
+VECTOR = 4
+"""Elements read at once: arrays start at multiples of it in the line that is cut into tasks."""
 
 
-class _Part(NamedTuple):
-    """The arrays of one dtype."""
+class _Part:
+    """The arrays of one dtype, and copies on the device of what the kernel must know of them."""
 
-    real: str
-    indices: list[int]  # which arrays of the list; those without elements are left out
-    tensors: NDArray[Any]  # one `TENSOR` per index, on the host
-    tasks: Any  # one `TASK` each, on the device
-    number: int  # of tasks
-    elements: int
+    def __init__(self, part: Cut, chunk: int, states: Sequence[Sequence[int]]) -> None:
+        self.cut, self.chunk = part, chunk
+        self.addresses = {name: np.zeros(len(part.indices), np.int64) for name in TENSOR_FIELDS}
+        self.addresses["size"][:] = part.sizes
+        for name, of_state in zip(("first", "second"), states, strict=False):
+            self.point(name, of_state)
+        self.copies: dict[str, Any] = {}
+
+    def point(self, name: str, addresses: Sequence[int]) -> None:
+        self.addresses[name][:] = [addresses[i] for i in self.cut.indices]
+
+    def on_device(self, device: Device) -> list[int]:
+        """Return where the copies lie: of the addresses, field by field, and of the tasks."""
+        wanted = {**self.addresses, "tasks": self.cut.tasks.view(np.int64)}
+        for name, values in wanted.items():
+            if name not in self.copies:
+                self.copies[name] = device.upload(values)
+        return [device.memory.address(self.copies[name]) for name in wanted]
 
 
 class Table:
     """Where the arrays of a list lie; as `fastseg_kernels.cpu.updates.Table`, on the device."""
 
-    def __init__(self, params: Sequence[View], states: Sequence[Sequence[View]]) -> None:
-        self._parts: list[_Part] = []
-        self._on_device: list[Any] = []
-        for real in sorted({view.dtype for view in params}):
-            sizes = [prod(view.shape) if view.dtype == real else 0 for view in params]
-            indices = [i for i, size in enumerate(sizes) if size > 0]
-            tensors = np.zeros(len(indices), TENSOR)
-            tensors["size"] = [sizes[i] for i in indices]
-            for name, views in zip(("first", "second"), states, strict=False):
-                tensors[name] = [views[i].address for i in indices]
-            ends = np.cumsum(tensors["size"])
-            elements = sum(sizes)
-            position = np.arange(0, elements, CHUNK)
-            tasks = np.zeros(len(position), TASK)
-            tasks["tensor"] = np.searchsorted(ends, position, side="right")
-            tasks["start"] = position - (ends - tensors["size"])[tasks["tensor"]]
-            on_device = runtime().array(tasks.view(np.int64))
-            self._parts.append(_Part(real, indices, tensors, on_device, len(tasks), elements))
+    def __init__(
+        self, device: Device, params: Sequence[View], states: Sequence[Sequence[Any]]
+    ) -> None:
+        self._device, address = device, device.memory.address
+        self._states = [list(arrays) for arrays in states]
+        sizes, dtypes = [prod(view.shape) for view in params], [view.dtype for view in params]
+        addresses = [[address(array) for array in arrays] for arrays in states]
+        chunk = CHUNK * max(1, -(-sum(sizes) // (CHUNK * MOST_TASKS)))
+        self._parts = [_Part(part, chunk, addresses) for part in cut(sizes, dtypes, chunk, VECTOR)]
+        self._stream = 0  # on which the copies were made
         self.set_params(params)
 
     def set_params(self, params: Sequence[View]) -> None:
@@ -61,91 +85,72 @@ class Table:
         self._point("grad", grads)
 
     def _point(self, name: str, views: Sequence[View]) -> None:
+        addresses = [view.address for view in views]
         for part in self._parts:
-            part.tensors[name] = [views[i].address for i in part.indices]
-        self._on_device = []  # copied anew before the next step
+            part.point(name, addresses)
+            part.copies.pop(name, None)
 
-    def run(self, rule: str, zero_grads: bool, *coefficients: float) -> None:
-        """Run a rule's kernel over all arrays, one launch per dtype."""
-        if not self._on_device:
-            device = runtime()
-            self._on_device = [device.array(p.tensors.view(np.int64)) for p in self._parts]
-        numbers = np.zeros(1, COEFFICIENTS)
-        numbers["k"][0, : len(coefficients)] = coefficients
-        for part, tensors in zip(self._parts, self._on_device, strict=True):
-            if part.number == 0:
-                continue
-            launch = kernel("updates.cu", f"update<{rule}, {TYPES[part.real]}>")
-            address = runtime().address
-            arguments = (
-                *(address(tensors), address(part.tasks), part.number, part.elements),
-                *(numbers, np.bool_(zero_grads)),
-            )
-            launch((blocks_for(part.number),), (THREADS,), arguments)
+    def _forget_copies(self) -> None:
+        for part in self._parts:
+            part.copies.clear()
 
+    def update(
+        self,
+        rule: Rule,
+        step: int | Any,
+        lr: float | View,
+        grad_scale: float | View,
+        zero_grads: bool,
+    ) -> None:
+        """Update parameters and states in place, by one launch per dtype.
 
-def gradient_descent(
-    table: Table,
-    lr: float,
-    *,
-    weight_decay: float = 0.0,
-    grad_scale: float = 1.0,
-    zero_grads: bool = False,
-) -> None:
-    """Update the parameters of ``table`` in place: theta <- theta - lr g."""
-    table.run("Descent", zero_grads, grad_scale, weight_decay, lr)
+        ``lr`` and ``grad_scale`` may be views of one number of the device, and ``step`` an array of
+        the device, int64 (1,), that holds the steps taken so far and is counted up.
+        """
+        device = self._device
+        stream, captured = device.memory.stream(), device.memory.is_capturing()
+        if stream != self._stream or captured:  # copies belong to one stream, or to one graph
+            self._forget_copies()
+            self._stream = stream
+        numbers = np.zeros(1, RECORD)
+        record: Any = numbers[0]
+        record["k"][: len(rule.coefficients)] = rule.coefficients
+        owners = []
+        for name, value in (("lr", lr), ("grad_scale", grad_scale)):
+            if isinstance(value, View):
+                record[name], record[f"{name}_code"] = value.address, DTYPE_CODES[value.dtype]
+                owners.append(value.owner)
+        if isinstance(lr, View):
+            record["by_lr"] = sum(1 << k for k in rule.by_lr)
+        else:
+            for k in rule.by_lr:
+                record["k"][k] *= lr
+        if not isinstance(grad_scale, View):
+            record["k"][0] *= grad_scale
+        if rule.betas is not None:
+            if isinstance(step, int):
+                record["k"][list(BY_STEP)] *= corrections(rule.betas, step)
+            else:
+                by_step = device.empty((2,))
+                owners.append(by_step)
+                record["by_step"] = device.memory.address(by_step)
+                counted = device.memory.address(step), *rule.betas, record["by_step"].item()
+                device.launch(FILE, "count_step", 1, *counted)
+        for part in self._parts:
+            self._launch(part, rule, numbers, zero_grads)
+        if captured:
+            self._forget_copies()
+        del owners  # until the launches are in their place on the stream
 
-
-def momentum(
-    table: Table,
-    lr: float,
-    gamma: float,
-    nesterov: bool = False,
-    *,
-    weight_decay: float = 0.0,
-    grad_scale: float = 1.0,
-    zero_grads: bool = False,
-) -> None:
-    """Update parameters and velocities in place: v <- gamma v + lr g; theta <- theta - v."""
-    by_v, by_g = (gamma, lr) if nesterov else (1.0, 0.0)
-    table.run("Momentum", zero_grads, grad_scale, weight_decay, gamma, lr, by_v, by_g)
-
-
-def momentum_pytorch(
-    table: Table,
-    first: bool,
-    lr: float,
-    gamma: float,
-    dampening: float = 0.0,
-    nesterov: bool = False,
-    *,
-    weight_decay: float = 0.0,
-    grad_scale: float = 1.0,
-    zero_grads: bool = False,
-) -> None:
-    """Update parameters and buffers in place as torch.optim.SGD does.
-
-    At the first step, said by ``first``, the buffers become the gradients, undamped.
-    """
-    keep, add = (0.0, 1.0) if first else (gamma, 1.0 - dampening)
-    by_v, by_g = (lr * gamma, lr) if nesterov else (lr, 0.0)
-    table.run("Momentum", zero_grads, grad_scale, weight_decay, keep, add, by_v, by_g)
+    def _launch(self, part: _Part, rule: Rule, numbers: Any, zero_grads: bool) -> None:
+        device, pointers = self._device, part.on_device(self._device)
+        count = len(part.cut.tasks)
+        device.launch(
+            FILE, f"update<{RULES[rule.kernel]}, {TYPES[part.cut.real]}>", device.grid(count),
+            *pointers, count, part.chunk, part.cut.length, numbers, np.bool_(zero_grads),
+        )  # fmt: skip
 
 
-def adam(
-    table: Table,
-    step: int,
-    lr: float = 1e-3,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
-    *,
-    weight_decay: float = 0.0,
-    decoupled: bool = False,
-    grad_scale: float = 1.0,
-    zero_grads: bool = False,
-) -> None:
-    """Update parameters and both moments in place; ``step`` is 1 at the first."""
-    l2, decay = (0.0, lr * weight_decay) if decoupled else (weight_decay, 0.0)
-    rate, root = lr / (1.0 - beta1**step), 1.0 / sqrt(1.0 - beta2**step)
-    table.run("Adam", zero_grads, grad_scale, l2, decay, beta1, beta2, eps, rate, root)
+def state_like(device: Device, param: View, k: int) -> Any:
+    """Return zeros for state ``k``, one for each element of ``param``, in memory order."""
+    return device.zeros((prod(param.shape),), param.dtype)

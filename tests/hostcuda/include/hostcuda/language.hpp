@@ -11,6 +11,7 @@
 #define __constant__ static
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(bytes) alignas(bytes)
 // A block is an OS thread of its own, and this is always written in a function: one copy per block.
 #define __shared__ thread_local

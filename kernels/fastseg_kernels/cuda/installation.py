@@ -1,0 +1,109 @@
+"""CuPy and what it needs, and one line that says what to do for each part that is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata as metadata
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NoReturn
+
+CUPY_DISTRIBUTIONS = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
+
+
+class InstallationError(RuntimeError):
+    """The CUDA backend cannot run: the message says what to install."""
+
+
+def wanted_major() -> int | None:
+    """Return the CUDA major version of what uses the GPU already: of PyTorch's build."""
+    version = getattr(getattr(sys.modules.get("torch"), "version", None), "cuda", None)
+    return int(version.partition(".")[0]) if version else None
+
+
+def installed_cupy() -> tuple[str, str] | None:
+    """Return distribution and version of the CuPy that is installed."""
+    for name in CUPY_DISTRIBUTIONS:
+        try:
+            return name, metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def extra(major: int | None = None) -> str:
+    """Return the command that installs CuPy with the CUDA libraries that it needs."""
+    several = "cuda12] or [cuda13" if major is None else f"cuda{major}"
+    return f"pip install 'fastseg-kernels[{several}]'"
+
+
+@cache
+def cupy_module() -> Any:
+    """Import CuPy; an InstallationError says what to do if that fails."""
+    try:
+        import cupy
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
+            raise InstallationError(
+                f"CuPy, which launches the CUDA kernels, is not installed: {extra(wanted_major())}"
+            ) from None
+        line = str(error).strip().partition("\n")[0]
+        raise InstallationError(
+            f"CuPy cannot be imported ({line}): keep one of its distributions and reinstall it, "
+            f"{extra(wanted_major())}"
+        ) from error
+    return cupy
+
+
+def advice(error: BaseException) -> str | None:
+    """Return one line on what to do about an error of CuPy or PyTorch; None: it is no such one."""
+    kind, message = type(error).__name__, str(error).partition("\n")[0]
+    named = installed_cupy()
+    name = named[0] if named else "CuPy"
+    if kind == "OutOfMemoryError":
+        return (
+            f"the device has no memory left ({message}): pass out= (it may be the logits), or "
+            "smaller parts of the volume to statistics and gradient"
+        )
+    if kind == "CUDARuntimeError" and "InsufficientDriver" in message:
+        return (
+            f"the NVIDIA driver is missing or older than the CUDA of {name} needs: update the "
+            "driver, or install the CuPy of an older CUDA (`fastseg info` shows both versions)"
+        )
+    if kind == "CUDARuntimeError" and "NoDevice" in message:
+        return "no NVIDIA GPU is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES"
+    if kind == "CUDADriverError" and "NO_BINARY_FOR_GPU" in message:
+        return f"{name} cannot compile for this GPU: install the CuPy of a newer CUDA, {extra()}"
+    if kind == "DynamicLibNotFoundError" or (
+        isinstance(error, ImportError | OSError | RuntimeError) and "nvrtc" in message.lower()
+    ):
+        major = name[-3:-1] if name.endswith("x") else ""
+        command = extra(int(major)) if major.isdigit() else extra()
+        return f"NVRTC, which compiles the CUDA kernels, was not found: {command}"
+    if kind == "CompileException" and "cannot open source file" in str(error):
+        return f"the CUDA headers were not found: {extra()}, or set CUDA_PATH"
+    return None
+
+
+def raise_explained(error: Exception) -> NoReturn:
+    """Raise an error of an incomplete installation as one line, of which it is the cause.
+
+    Errors of memory keep their class, which callers may catch, and get the line as a note.
+    """
+    line = advice(error)
+    if line is None:
+        raise error
+    if type(error).__name__ == "OutOfMemoryError":
+        error.add_note(f"fastseg: {line}")
+        raise error
+    raise InstallationError(line) from error
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Pass what is raised through `raise_explained`."""
+    try:
+        yield
+    except Exception as error:
+        raise_explained(error)

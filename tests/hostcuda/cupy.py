@@ -1,0 +1,111 @@
+"""A stand-in for CuPy, as far as fastseg uses it: NumPy's memory, kernels run on the CPU.
+
+`events` lists what would make the host wait, or order one stream after another: ("get", shape) for
+a copy to the host, ("record", stream) and ("wait", stream) for events.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from hostcuda.module import RawModule
+
+__all__ = ["RawModule", "asarray", "cuda", "empty", "empty_like", "events", "ndarray"]
+
+events: list[tuple[Any, ...]] = []
+
+
+class ndarray(np.ndarray):  # noqa: N801
+    """A device's array: what reads it on the host without `get` is a mistake that is not found."""
+
+    @property
+    def data(self) -> Any:
+        return SimpleNamespace(ptr=self.ctypes.data, device_id=0)
+
+    @property
+    def device(self) -> Any:
+        return Device(0)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        data, typestr = (self.ctypes.data, False), self.dtype.str
+        return {"shape": self.shape, "strides": self.strides, "data": data, "typestr": typestr}
+
+    def get(self) -> np.ndarray:
+        events.append(("get", self.shape))
+        return np.array(self.view(np.ndarray))
+
+    def set(self, values: np.ndarray) -> None:
+        self[...] = values
+
+    def __array_finalize__(self, other: Any) -> None:
+        """Do nothing: there is no state."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return np.asarray(super().__getitem__(index)).view(ndarray)
+
+
+ndarray.__module__ = "cupy"
+
+
+def empty(shape: Any, dtype: Any = float) -> ndarray:
+    array = np.empty(shape, dtype)
+    array.reshape(-1).view(np.uint8)[...] = 0xFF
+    return array.view(ndarray)
+
+
+def empty_like(array: ndarray, order: str = "K", subok: bool | None = None) -> ndarray:
+    return np.empty_like(array.view(np.ndarray), order=order).view(ndarray)
+
+
+def asarray(values: Any, dtype: Any = None) -> ndarray:
+    return np.array(values, dtype).view(ndarray)
+
+
+class Stream:
+    """A stream by its address; `capturing` says that it is recorded into a graph."""
+
+    def __init__(self, ptr: int) -> None:
+        self.ptr, self.capturing = ptr, False
+
+    def is_capturing(self) -> bool:
+        return self.capturing
+
+
+class Device:
+    """The only device."""
+
+    attributes = MappingProxyType({"MultiProcessorCount": 3})
+
+    def __init__(self, index: int) -> None:
+        self.id = index
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Do nothing."""
+
+
+class Event:
+    """An event by its address."""
+
+    def __init__(self, disable_timing: bool = False) -> None:
+        self.ptr = id(self)
+
+
+current = Stream(0)
+cuda = SimpleNamespace(
+    Device=Device,
+    Event=Event,
+    get_current_stream=lambda index=0: current,
+    runtime=SimpleNamespace(
+        getDevice=lambda: 0,
+        pointerGetAttributes=lambda address: SimpleNamespace(device=0),
+        eventRecord=lambda event, stream: events.append(("record", stream)),
+        streamWaitEvent=lambda stream, event: events.append(("wait", stream)),
+    ),
+)

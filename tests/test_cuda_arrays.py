@@ -1,0 +1,531 @@
+"""Arrays of a GPU through the public face: CuPy's, PyTorch's, Numba's, without a GPU.
+
+hostcuda/cupy.py stands for CuPy. The kernels have their tests in test_cuda_contract.py: here it is
+what stands around them, who allocates, what waits, and where answers are.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import cases
+import fastseg as fs
+import fastseg.torch
+from fastseg import dispatch, libraries
+from fastseg_kernels.cuda import Backend, installation, job
+from fastseg_kernels.cuda.runtime import TorchMemory
+from hostcuda import cupy
+from hostcuda.runtime import HostDriver
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None and os.environ.get("CI") is None,
+    reason="the CUDA kernels are run on the CPU by g++, which is not installed",
+)
+LOSS = fs.BCE() + 2.0 * fs.SoftJaccard()
+SHAPE = (2, 3, 7, 11, 13)
+
+
+def forget() -> None:
+    """Forget which libraries and backends were found."""
+    for cached in (
+        dispatch._on_device,
+        libraries._instance,
+        libraries._library_of_class,
+        libraries._cuda_array,
+        installation.cupy_module,
+    ):
+        cached.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Put the stand-in in CuPy's place."""
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(cupy, "current", cupy.Stream(0))
+    monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda index=0: cupy.current)
+    forget()
+    cupy.events.clear()
+    yield
+    monkeypatch.undo()
+    forget()
+
+
+def on_device(*arrays: np.ndarray) -> list[Any]:
+    return [cupy.asarray(array) for array in arrays]
+
+
+def host(array: Any) -> np.ndarray:
+    return np.asarray(array.view(np.ndarray))
+
+
+def close(got: Any, expected: Any, rtol: float = 1e-5) -> None:
+    np.testing.assert_allclose(host(got), expected, rtol=rtol, atol=1e-9)
+
+
+# CuPy
+
+
+def test_answers_are_on_the_device_and_nobody_waits():
+    logits, targets = cases.make(SHAPE)
+    value, grad = LOSS.value_and_grad(logits, targets)
+    x, t = on_device(logits, targets)
+    scale = cupy.asarray(np.float32(2.0))
+    answer, slope, s = LOSS.evaluate(x, t, track=("hard",), grad_scale=scale)
+    again = LOSS.gradient(x, t, s)
+    total = LOSS.value(s)
+    assert cupy.events == []
+    assert [type(a) for a in (answer, slope, again, total)] == [cupy.ndarray] * 4
+    assert (answer.shape, answer.dtype, total.dtype) == ((), np.float32, np.float64)
+    close(answer, value)
+    close(total, value, 1e-6)
+    close(slope, 2 * grad)
+    close(again, grad)
+    assert s.jaccard_index() == LOSS.statistics(logits, targets, track=("hard",)).jaccard_index()
+    s.check()
+    assert [event[0] for event in cupy.events] == ["get"]  # once, and remembered
+
+
+def test_statistics_travel():
+    logits, targets = cases.make(SHAPE)
+    x, t = on_device(logits, targets)
+    there, here = LOSS.statistics(x, t, samples=("a", "b")), LOSS.statistics(logits, targets)
+    assert there.shape == here.shape == (2, 3)
+    copy = pickle.loads(pickle.dumps(there))
+    assert copy == there and copy.samples == ("a", "b")
+    np.testing.assert_allclose(copy.array, here.array, rtol=1e-6)
+    close(LOSS.gradient(x, t, copy), LOSS.gradient(logits, targets, here))
+    close(LOSS.gradient(x[1:], t[1:], there, rows=slice(1, 2)), host(LOSS.gradient(x, t, copy))[1:])
+    assert isinstance(LOSS.value(copy), np.float64)
+    for got, expected in zip(LOSS.term_values(there), LOSS.term_values(here), strict=True):
+        close(got, expected, 1e-6)
+
+
+def test_invalid_targets_are_nan_until_somebody_asks():
+    logits, targets = cases.make(SHAPE)
+    targets[1, 2, 3, 4, 5] = 7
+    x, t = on_device(logits, targets)
+    value, grad, s = LOSS.evaluate(x, t)
+    assert np.isnan(host(value)) and np.isnan(host(grad)).all()
+    assert all(np.isnan(host(term)) for term in LOSS.term_values(s))
+    with pytest.raises(ValueError, match="1 of 6006 voxels have a target"):
+        s.check()
+    with pytest.raises(ValueError, match="1 of 6006 voxels have others"):
+        fs.jaccard_index(x, t)
+    excluded = LOSS.replace(ignore_index=7)(x, t)
+    assert np.isfinite(host(excluded))
+
+
+def test_a_gradient_may_overwrite_its_logits():
+    logits, targets = cases.make(SHAPE)
+    expected = LOSS.value_and_grad(logits, targets)[1]
+    x, t = on_device(logits, targets)
+    _, grad = LOSS.value_and_grad(x, t, out=x)
+    assert grad is x
+    close(x, expected)
+    with pytest.raises(ValueError, match="out must not overlap logits"):
+        LOSS.value_and_grad(x[..., 1:], t[..., 1:], out=x[..., :-1])
+
+
+def test_memory_order_is_kept():
+    logits, targets = (np.moveaxis(array, 1, -1).copy() for array in cases.make(SHAPE))
+    x, t = (np.moveaxis(array, -1, 1) for array in on_device(logits, targets))
+    grad = LOSS.value_and_grad(x, t)[1]
+    assert grad.strides == x.strides
+    close(grad, LOSS.value_and_grad(host(x), host(t))[1])
+
+
+def test_reduction_none_with_a_scale_for_each_row():
+    logits, targets = cases.make(SHAPE)
+    loss, scale = LOSS.replace(reduction="none"), np.arange(6.0).reshape(2, 3)
+    value, grad = loss.value_and_grad(logits, targets, grad_scale=scale)
+    x, t, factors = on_device(logits, targets, scale)
+    for factor in (factors, scale, factors.T.copy().T):
+        there, slope = loss.value_and_grad(x, t, grad_scale=factor)
+        close(there, value)
+        close(slope, grad)
+    with pytest.raises(ValueError, match=r"grad_scale must have shape \(N, C\) = \(2, 3\)"):
+        loss.value_and_grad(x, t, grad_scale=factors[0])
+
+
+def test_a_table_of_terms_of_any_size():
+    """Up to TABLE_NUMBERS it is an argument of the kernel, past that it is uploaded."""
+    logits, targets = cases.make((1, 300, 5))
+    value, grad = LOSS.value_and_grad(logits, targets)
+    x, t = on_device(logits, targets)
+    there, slope = LOSS.value_and_grad(x, t)
+    close(there, value)
+    close(slope, grad)
+
+
+def test_no_samples_and_no_voxels():
+    for shape in ((0, 2, 5), (2, 0, 5), (2, 2, 0)):
+        x, t = on_device(np.zeros(shape, np.float32), np.zeros(shape, np.uint8))
+        value, grad = LOSS.value_and_grad(x, t)
+        expected = LOSS.value_and_grad(host(x), host(t))[0]
+        np.testing.assert_equal(host(value), expected)
+        assert grad.shape == shape
+
+
+def test_scores_and_sigmoid():
+    logits, targets = cases.make(SHAPE)
+    x, t = on_device(logits, targets)
+    assert fs.dice_score(x, t) == fs.dice_score(logits, targets)
+    close(fs.sigmoid(x), fs.sigmoid(logits))
+    assert type(fs.sigmoid(x)) is cupy.ndarray
+    rng = np.random.default_rng(0)
+    for classes in (2, 5, 3000):  # the counts of 3000 classes are not kept in shared memory
+        pred, true = (rng.integers(0, classes, (2, 70, 90)) for _ in range(2))
+        got, expected = (
+            fs.stat_scores(*arrays, num_classes=classes)
+            for arrays in (on_device(pred, true), (pred, true))
+        )
+        for name in expected:
+            np.testing.assert_array_equal(got[name], expected[name])
+    with pytest.raises(ValueError, match=r"targets must hold labels in \[0, 2\)"):
+        fs.jaccard_index(*on_device(pred * 0, true))
+
+
+def test_rows_of_more_than_32_bits(monkeypatch):
+    """The kernels that count voxels in 64 bits, on a row that would not need them."""
+    logits, targets = cases.make((1, 2, 9, 33))
+    x, t = (array[..., ::2] for array in on_device(logits, targets))
+    expected, bits = LOSS.value_and_grad(x, t), fs.sigmoid(x)
+    monkeypatch.setattr(job.counter, "__code__", (lambda voxels: "unsigned long long").__code__)
+    y, u = (array[..., ::2].copy()[..., ::2] for array in on_device(logits, targets))
+    y, u = (np.repeat(a, 2, axis=-1)[..., ::2] for a in (x, t))  # other strides: a new plan
+    got = LOSS.value_and_grad(y, u)
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(host(one), host(other))
+    np.testing.assert_array_equal(host(fs.sigmoid(y)), host(bits))
+
+
+# Which backend
+
+
+def test_the_array_decides_and_an_option_insists():
+    logits, targets = cases.make((1, 1, 9))
+    x, t = on_device(logits, targets)
+    assert (fs.backend_name(logits), fs.backend_name(x)) == ("cpu", "cuda")
+    close(LOSS.replace(backend="cuda")(x, t), LOSS(logits, targets))
+    assert LOSS.replace(backend="cpu")(logits, targets) == LOSS(logits, targets)
+    with pytest.raises(TypeError, match=r"backend='cuda' computes where its arrays are.*on cpu"):
+        LOSS.replace(backend="cuda")(logits, targets)
+    with pytest.raises(TypeError, match=r"backend='cpu'.*logits is on cuda:0"):
+        LOSS.replace(backend="cpu")(x, t)
+    with pytest.raises(ValueError, match="backend must be 'auto', 'cpu' or 'cuda', got 'gpu'"):
+        LOSS.replace(backend="gpu")
+
+
+def test_nothing_is_moved_in_silence():
+    logits, targets = cases.make((1, 1, 9))
+    x, t = on_device(logits, targets)
+    with pytest.raises(TypeError, match="one library, got cupy and numpy"):
+        LOSS(x, targets)
+    with pytest.raises(TypeError, match="one library, got numpy and cupy"):
+        LOSS(logits, t)
+    with pytest.raises(TypeError, match=r"grad_scale must be a number.*got cupy on cuda:0"):
+        LOSS.value_and_grad(logits, targets, grad_scale=cupy.asarray(1.0))
+
+
+def test_an_address_that_a_gpu_cannot_read_is_refused():
+    bytes_, t = on_device(np.zeros(41, np.uint8), np.zeros((1, 1, 10), np.uint8))
+    x = bytes_[1:].view(np.float32).reshape(1, 1, 10).view(cupy.ndarray)
+    with pytest.raises(ValueError, match="logits must be aligned to its elements on a GPU"):
+        LOSS(x, t)
+
+
+# Objects with __cuda_array_interface__
+
+
+class Foreign:
+    """An array of some other library, with a stream of its own."""
+
+    def __init__(self, array: np.ndarray, stream: int | None = None, **more: Any) -> None:
+        self.array = array
+        self.__cuda_array_interface__ = {
+            "shape": array.shape,
+            "typestr": array.dtype.str,
+            "data": (array.ctypes.data, False),
+            "strides": None if array.flags.c_contiguous else array.strides,
+            "version": 3,
+            "stream": stream,
+            **more,
+        }
+
+
+Foreign.__cuda_array_interface__ = None  # as a class that has it as a property
+
+
+def test_arrays_of_other_libraries():
+    logits, targets = cases.make(SHAPE)
+    value, grad = LOSS.value_and_grad(logits, targets)
+    x, t = Foreign(logits), Foreign(targets)
+    there, slope = LOSS.value_and_grad(x, t)
+    assert type(there) is type(slope) is cupy.ndarray
+    close(there, value)
+    close(slope, grad)
+    assert cupy.events == []
+    out = Foreign(np.empty_like(logits).transpose(0, 1, 4, 2, 3).copy().transpose(0, 1, 3, 4, 2))
+    assert LOSS.value_and_grad(x, t, out=out)[1] is out
+    np.testing.assert_allclose(out.array, grad, rtol=1e-5, atol=1e-9)
+    mixed = LOSS.value_and_grad(cupy.asarray(logits), t, out=x)[1]  # both are in CuPy's hands
+    assert mixed is x
+    np.testing.assert_allclose(logits, grad, rtol=1e-5, atol=1e-9)
+    moved = Foreign(np.moveaxis(np.moveaxis(logits, 1, -1).copy(), -1, 1))
+    assert LOSS.value_and_grad(moved, t)[1].strides == moved.array.strides
+
+
+def test_streams_of_other_libraries_are_waited_for_by_streams():
+    logits, targets = cases.make(SHAPE)
+    x, t, out = Foreign(logits, 7), Foreign(targets, 0), Foreign(np.empty_like(logits), 8)
+    LOSS.value_and_grad(x, t, out=out)
+    into = [("record", 7), ("wait", 0), ("record", 8), ("wait", 0)]
+    assert cupy.events == [*into, ("record", 0), ("wait", 8)]
+
+
+def test_interfaces_that_cannot_be_served():
+    logits, targets = cases.make((1, 1, 9))
+    x, t = Foreign(logits), Foreign(targets)
+    with pytest.raises(TypeError, match="targets has a mask"):
+        LOSS(x, Foreign(targets, mask=Foreign(targets)))
+    with pytest.raises(ValueError, match="out must be writable"):
+        LOSS.value_and_grad(x, t, out=Foreign(logits.copy(), data=(logits.ctypes.data, True)))
+    with pytest.raises(TypeError, match=r"logits must have one of the dtypes .* got complex64"):
+        LOSS(Foreign(logits.astype(np.complex64)), t)
+
+
+# Optimisers
+
+RULES = [
+    lambda params: fs.GradientDescent(params, lr=0.1, weight_decay=0.01),
+    lambda params: fs.Momentum(params, lr=0.1, nesterov=True),
+    lambda params: fs.Momentum(params, lr=0.1, form="pytorch"),
+    lambda params: fs.Adam(params, lr=0.1, decoupled_weight_decay=True, weight_decay=0.1),
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_optimisers_update_in_place(rule):
+    rng = np.random.default_rng(0)
+    shapes, dtypes = [(3, 5), (0,), (4099,), (1,), (2, 2)], [np.float32] * 4 + [np.float64]
+    params = [rng.normal(size=s).astype(d) for s, d in zip(shapes, dtypes, strict=True)]
+    params[0] = np.asfortranarray(params[0])
+    theirs = [cupy.asarray(p) for p in params]
+    theirs[0] = cupy.asarray(params[0].T).T
+    mine, other = rule(params), rule(theirs)
+    for step in range(3):
+        grads = [rng.normal(size=p.shape).astype(p.dtype) for p in params]
+        grads[0] = np.asfortranarray(grads[0])
+        there = [cupy.asarray(g) for g in grads]
+        there[0] = cupy.asarray(grads[0].T).T
+        mine.step(grads, lr=0.3 / (1 + step), grad_scale=0.5, zero_grads=True)
+        numbers = on_device(np.float64(0.3 / (1 + step)), np.float32(0.5))
+        other.step(there, lr=numbers[0], grad_scale=numbers[1], zero_grads=True)
+        for a, b, g in zip(params, theirs, there, strict=True):
+            np.testing.assert_allclose(host(b), a, rtol=1e-5, atol=1e-7)
+            assert not host(g).any()
+        if step == 1:
+            state = other.state_dict()
+            other = rule(theirs)
+            other.load_state_dict(state)
+    for name in mine._state_names:
+        for a, b in zip(mine.state_dict()[name], other.state_dict()[name], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_a_step_on_another_stream_or_in_a_graph_has_copies_of_its_own():
+    params, grads = on_device(np.zeros(9, np.float32), np.ones(9, np.float32))
+    opt = fs.Adam(params)
+    opt.step(grads)
+    (part,) = opt._table._parts
+    first = dict(part.copies)
+    opt.step(grads)
+    assert all(part.copies[name] is first[name] for name in first)
+    cupy.current = cupy.Stream(64)
+    opt.step(grads)
+    second = dict(part.copies)
+    assert not any(second[name] is first[name] for name in first)
+    cupy.current.capturing = True
+    opt.step(grads)
+    assert part.copies == {}  # those of the graph are the graph's
+    kept = opt._backend._of_graphs
+    assert len(kept) >= len(first)
+    cupy.current.capturing = False
+    opt.step(grads)
+    assert not any(part.copies[name] is array for name in part.copies for array in kept)
+
+
+def test_a_recorded_call_owns_its_memory():
+    logits, targets = cases.make(SHAPE)
+    x, t = on_device(logits, targets)
+    LOSS.value_and_grad(x, t)
+    backend = dispatch._on_device("cupy", "cuda:0")
+    assert backend._of_graphs == []
+    cupy.current = cupy.Stream(64)
+    cupy.current.capturing = True
+    LOSS.value_and_grad(x, t, out=x)
+    assert sum(array.nbytes for array in backend._of_graphs) < 2**20
+    assert len(backend._of_graphs) == 5  # sums of tasks and rows; value, terms, coefficients
+
+
+def test_parameters_of_two_places_are_refused():
+    host_array, there = np.zeros(3, np.float32), cupy.asarray(np.zeros(3, np.float32))
+    with pytest.raises(TypeError, match=r"params\[0\] on cpu and params\[1\] on cuda:0"):
+        fs.Adam([host_array, there])
+    opt = fs.Adam([there])
+    with pytest.raises(TypeError, match=r"grads\[0\] and params\[0\] must come from one library"):
+        opt.step([host_array])
+    with pytest.raises(ValueError, match=r"lr must be one number, got an array of shape \(3,\)"):
+        opt.step([there + 1], lr=there)
+    opt = fs.Adam([host_array])
+    with pytest.raises(TypeError, match="lr must be a number, or on the device"):
+        opt.step([host_array + 1], lr=cupy.asarray(0.1))
+
+
+# PyTorch
+
+
+class HostTorchMemory(TorchMemory):
+    """PyTorch's memory, on the CPU."""
+
+    def __init__(self) -> None:
+        self._torch, self._device = torch, torch.device("cpu")
+
+    def stream(self) -> int:
+        return 0
+
+    def is_capturing(self) -> bool:
+        return False
+
+
+@pytest.fixture
+def tensors_on_a_device(monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """Let tensors of the CPU pass for tensors of a GPU."""
+    backend = Backend(HostDriver(), HostTorchMemory())
+    monkeypatch.setattr(libraries.Torch, "device", lambda self, array, name="": "cuda:0")
+    real = dispatch._on_device
+    monkeypatch.setattr(
+        dispatch,
+        "_on_device",
+        lambda library, place: backend if library == "torch" else real(library, place),
+    )
+    return backend
+
+
+def test_the_module_is_differentiable(tensors_on_a_device, monkeypatch):
+    logits, targets = cases.make(SHAPE)
+    expected = LOSS.value_and_grad(logits, targets, grad_scale=3.0)
+    x = torch.tensor(logits, requires_grad=True)
+    t = torch.tensor(targets)
+    monkeypatch.setattr(  # nobody waits for the device
+        HostTorchMemory, "to_host", lambda self, array: pytest.fail("copied to the host")
+    )
+    criterion = fastseg.torch.Loss(LOSS, track=("hard",))
+    value = criterion(x, t)
+    assert (value.shape, value.dtype) == ((), torch.float32)
+    (3.0 * value).backward()
+    np.testing.assert_allclose(value.detach().numpy(), expected[0], rtol=1e-6)
+    np.testing.assert_allclose(x.grad.numpy(), expected[1], rtol=1e-5, atol=1e-9)
+    monkeypatch.undo()
+    there = criterion.last_statistics
+    assert there.jaccard_index() == fs.jaccard_index(logits, targets)
+
+
+def test_a_scaled_half_gradient_is_rounded_once(tensors_on_a_device):
+    logits, targets = cases.make((1, 1, 20_000))
+    x = torch.tensor(logits * 3).half().requires_grad_()
+    criterion, scale = fastseg.torch.Loss(LOSS), torch.tensor(65536.0)
+    (criterion(x, torch.tensor(targets)) * scale).backward()
+    assert (x.grad != 0).float().mean() > 0.99
+
+
+def test_optimisers_of_tensors(tensors_on_a_device):
+    theta = torch.zeros(5, requires_grad=True)
+    version = theta._version
+    opt = fs.Adam([theta], lr=0.5)
+    opt.step([torch.ones(5)], grad_scale=torch.tensor(0.5))
+    torch.testing.assert_close(theta.detach(), torch.full((5,), -0.5))
+    assert theta._version > version
+    assert isinstance(opt.state_dict()["exp_avg"][0], np.ndarray)
+
+
+def test_tensors_of_other_devices_are_refused():
+    logits = torch.zeros(1, 1, 3, device="meta")
+    with pytest.raises(TypeError, match="logits is on meta: fastseg computes on the CPU and"):
+        LOSS(logits, logits)
+
+
+# An installation that lacks something
+
+
+def test_no_cupy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(installation.InstallationError, match="CuPy, which launches") as caught:
+        libraries.CUDAArray()
+    assert "\n" not in str(caught.value)
+    assert "pip install 'fastseg-kernels[cuda12] or [cuda13]'" in str(caught.value)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(installation.InstallationError, match=r"fastseg-kernels\[cuda13\]"):
+        installation.cupy_module()
+
+
+class CUDARuntimeError(RuntimeError):
+    pass
+
+
+class OutOfMemoryError(MemoryError):
+    pass
+
+
+class DynamicLibNotFoundError(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            CUDARuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient"),
+            "the NVIDIA driver is missing or older",
+        ),
+        (CUDARuntimeError("cudaErrorNoDevice: no CUDA-capable device"), "no NVIDIA GPU is visible"),
+        (DynamicLibNotFoundError("Failure finding libnvrtc.so"), "NVRTC, which compiles"),
+    ],
+)
+def test_errors_of_an_installation_are_one_line(monkeypatch, error, line):
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cupy.cuda, "Device", fail)
+    with pytest.raises(installation.InstallationError, match=line) as caught:
+        LOSS(*on_device(*cases.make((1, 1, 3))))
+    assert caught.value.__cause__ is error
+    assert "\n" not in str(caught.value)
+
+
+def test_no_memory_left_keeps_its_class(monkeypatch):
+    x, t = on_device(*cases.make((1, 1, 3)))
+    LOSS(x, t)
+
+    def fail(*arguments: object) -> None:
+        raise OutOfMemoryError("Out of memory allocating 512 bytes")
+
+    monkeypatch.setattr(cupy, "empty", fail)
+    with pytest.raises(OutOfMemoryError) as caught:
+        LOSS(x, t)
+    (note,) = caught.value.__notes__
+    assert note.startswith("fastseg: the device has no memory left") and "pass out=" in note
+
+
+def test_other_errors_pass():
+    with pytest.raises(KeyError), installation.explained():
+        raise KeyError("x")
