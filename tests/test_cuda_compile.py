@@ -1,27 +1,27 @@
-"""The CUDA text through NVIDIA's own compiler, for real architectures; no GPU or driver is needed.
+"""The CUDA text through NVIDIA's own compilers, for real architectures; no GPU or driver is needed.
 
-What the assembler says of registers and of spills to memory is held to the bounds below.
+What the assembler says of registers and of spills to memory, and the number of instructions of the
+loops, are held to the bounds below.
 """
 
 from __future__ import annotations
 
 import re
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
-import nvidia
 import pytest
-from cuda.bindings import nvrtc
 
-from fastseg_kernels.cuda.modules import OPTIONS, TYPES, text
+from fastseg_kernels.cuda.modules import TYPES, text
+from tools.count_sass import KERNELS, count
+from tools.nvrtc import Compiled, compile_text
 
-ARCHITECTURES = (70, 75, 80, 90, 100, 120)
-FOLDERS = ("cuda_runtime/include", "cuda_cccl/include")
-INCLUDES = [
-    str(Path(base, folder)) for base in nvidia.__path__ for folder in FOLDERS
-    if Path(base, folder).is_dir()
-]  # fmt: skip
+TARGETS = [
+    *((12, architecture) for architecture in (70, 75, 80, 90, 100, 120)),
+    *((13, architecture) for architecture in (75, 80, 90, 100, 120)),
+]
+"""CUDA versions and architectures; NVRTC 13 knows none below sm_75."""
 FAMILIES = ("BCE | OVERLAP", "BCE | HARD | OVERLAP", "BCE_SPLIT | HARD | OVERLAP", "HARD")
 KINDS = [(k, a) for k in ("BINARY", "SOFT", "WEIGHTED") for a in ("SIGMOID", "PROBS")]
 
@@ -77,7 +77,7 @@ GROUPS = {
     ),
     "statistics anywhere": Group("overlap.cu", anywhere("statistics", *FAMILIES[2:]), 128),
     "sum of tasks": Group("overlap.cu", ["add_tasks"], 64),
-    "evaluation": Group("evaluation.cu", ["evaluate"], 128),
+    "evaluation": Group("evaluation.cu", ["evaluate"], 160),
     "gradient in place": Group("overlap.cu", in_place("gradient", "float", "0"), 40),
     "gradient in place, double": Group("overlap.cu", in_place("gradient", "double", "0"), 64),
     "gradient anywhere": Group("overlap.cu", anywhere("gradient", "0"), 80),
@@ -94,34 +94,17 @@ GROUPS = {
 }
 
 
-def check(answer: tuple[object, ...]) -> object:
-    error, *rest = answer
-    assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, error
-    return rest[0] if rest else None
-
-
 @cache
-def compiled(name: str, architecture: int, ptx: bool = False) -> tuple[str, str]:
-    """Return the log of the compilation of a group of kernels, and its PTX if asked for."""
-    group = GROUPS[name]
-    program = check(nvrtc.nvrtcCreateProgram(text(group.file).encode(), b"k.cu", 0, [], []))
-    for expression in group.names:
-        check(nvrtc.nvrtcAddNameExpression(program, expression.encode()))
-    target = "compute" if ptx else "sm"
-    options = [
-        *OPTIONS, "-ftz=true", f"-arch={target}_{architecture}", "--ptxas-options=-v",
-        *(f"-I{folder}" for folder in INCLUDES),
-    ]  # fmt: skip
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
-    log = b" " * check(nvrtc.nvrtcGetProgramLogSize(program))
-    check(nvrtc.nvrtcGetProgramLog(program, log))
-    assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
-    assembly = b""
-    if ptx:
-        assembly = b" " * check(nvrtc.nvrtcGetPTXSize(program))
-        check(nvrtc.nvrtcGetPTX(program, assembly))
-    check(nvrtc.nvrtcDestroyProgram(program))
-    return log.decode(), assembly.decode()
+def compilations() -> dict[tuple[str, int, int], Future[Compiled]]:
+    """Start to compile every group for every target, two at a time."""
+    pool = ThreadPoolExecutor(2)
+    return {
+        (name, major, architecture): pool.submit(
+            compile_text, text(group.file), tuple(group.names), architecture, major=major
+        )
+        for name, group in GROUPS.items()
+        for major, architecture in TARGETS
+    }
 
 
 USAGE = re.compile(
@@ -131,11 +114,10 @@ USAGE = re.compile(
 )
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("major", "architecture"), TARGETS)
 @pytest.mark.parametrize("name", GROUPS)
-def test_kernels_compile_within_their_bounds(name, architecture):
-    group = GROUPS[name]
-    log = compiled(name, architecture)[0]
+def test_kernels_compile_within_their_bounds(name, major, architecture):
+    group, log = GROUPS[name], compilations()[name, major, architecture].result().log
     # Kernels that are no templates are compiled with every group of their file.
     stems = {re.match(r"\w+", expression)[0] for expression in group.names}  # type: ignore[index]
     found = [u for u in USAGE.finditer(log) if any(stem in u["name"] for stem in stems)]
@@ -156,15 +138,21 @@ def test_kernels_compile_within_their_bounds(name, architecture):
     ],
 )
 def test_float_is_read_and_written_16_bytes_at_a_time(name, instruction):
-    assembly = compiled(name, 90, ptx=True)[1]
+    group = GROUPS[name]
+    assembly = compile_text(text(group.file), tuple(group.names), 90, ptx=True).code.decode()
     assert re.search(instruction, assembly), sorted(
         set(re.findall(r"[ls][dt]\.global\S*", assembly))
     )
 
 
-def test_a_spill_would_be_seen(monkeypatch):
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.title)
+def test_loops_keep_their_number_of_instructions(kernel):
+    """Those of docs/cuda.md, from which the bandwidth follows that they allow."""
+    assert count(kernel)["all"] <= kernel.instructions
+
+
+def test_a_spill_would_be_seen():
     """The check above reads the log rightly: a kernel that must spill is found to."""
     crowded = text("overlap.cu").replace("V::resident", "8")
-    monkeypatch.setitem(globals(), "text", lambda file: crowded)
-    log, _ = compiled.__wrapped__("statistics in place", 70)
+    log = compile_text(crowded, tuple(GROUPS["statistics in place"].names), 70).log
     assert any(int(usage["stores"]) > 0 for usage in USAGE.finditer(log))

@@ -51,7 +51,7 @@ struct Totals {
     column[0] += voxels;
     column[1] += s.count;
     column[2] += s.invalid;
-    column[3] += double(s.target);
+    column[3] += V::binary ? double(s.foreground) : double(s.target);
     if (V::overlap) {
       column[At::inner] += double(s.inner);
       column[At::inner + 1] += double(s.missed);
@@ -82,6 +82,60 @@ __device__ __forceinline__ Voxel<T> plain_voxel(E x, unsigned char p) {
   return Voxel<T>{T(widened(x)), T(p), T(1), false};
 }
 
+// The bits of a word that a mask has. Written in PTX, since the compiler makes a shift and two tests
+// of a bit that is tested, where the machine has one instruction.
+__device__ __forceinline__ unsigned bits_of(unsigned word, unsigned mask) {
+#ifdef HOSTCUDA
+  return word & mask;
+#else
+  unsigned bits;
+  asm("and.b32 %0, %1, %2;" : "=r"(bits) : "r"(word), "r"(mask));
+  return bits;
+#endif
+}
+
+// Adds a group of voxels all of which are in the row, at addresses of vectors: all loads come before
+// the first use. Returns false, with nothing added, if a label is neither 0 nor 1.
+template <typename V, typename E, typename T = typename V::Real>
+__device__ __forceinline__ bool add_whole(Totals<V>& totals, const E* x, const unsigned char* p,
+                                          T threshold) {
+  constexpr int VECTORS = GROUP / 4;
+  constexpr unsigned NO_LABELS = 0xfefefefeu;  // bits that four labels of one byte do not have
+  Four<E> xs[VECTORS];
+  unsigned ps[VECTORS], all = 0;
+#pragma unroll
+  for (int k = 0; k < VECTORS; ++k) {
+    xs[k] = read_four(x + k * (4 * THREADS));
+    ps[k] = *reinterpret_cast<const unsigned*>(p + k * (4 * THREADS));
+    all |= ps[k];
+  }
+  if (all & NO_LABELS) return false;
+  Sums<T> s;
+#pragma unroll
+  for (int k = 0; k < GROUP; ++k) {
+    const T value = T(widened(xs[k / 4].element[k % 4]));
+    const bool is_target = bits_of(ps[k / 4], 1u << k % 4 * 8) != 0;
+    if (V::probs) add<V>(s, Voxel<T>{value, T(is_target), T(1), false}, threshold);
+    else add_hard<V>(s, value, is_target, threshold), add_binary<V, sizeof(E) == 2>(s, value, is_target);
+  }
+  if (!V::probs) {
+    // Whether any prediction is NaN, the sums tell; who counts has few of them.
+    const T sum = V::bce ? s.product_pos + s.product_neg : s.missed + s.false_alarm;
+    if (V::hard && (sum != sum || !(V::bce || V::overlap))) {
+#pragma unroll
+      for (int k = 0; k < GROUP; ++k) {
+        const T value = T(widened(xs[k / 4].element[k % 4]));
+        s.undefined += value != value;
+      }
+    }
+    s.count = GROUP;
+#pragma unroll
+    for (int k = 0; k < VECTORS; ++k) s.foreground += __popc(ps[k]);
+  }
+  totals.widen(s, GROUP);
+  return true;
+}
+
 // For rows that are runs of memory: predictions of type E, and labels of one byte.
 // grid: at most samples * classes * blocks; block: THREADS.
 // sums: (samples, classes, blocks, columns)
@@ -89,7 +143,6 @@ template <typename V, typename E>
 __global__ void __launch_bounds__(THREADS, V::resident)
 statistics_in_place(const __grid_constant__ Job job, double* __restrict__ sums) {
   typedef typename V::Real T;
-  constexpr int VECTORS = GROUP / 4;
   const T threshold = T(job.threshold);
   for (unsigned number = blockIdx.x; number < job.tasks; number += gridDim.x) {
     const Run run(job, number);
@@ -98,28 +151,16 @@ statistics_in_place(const __grid_constant__ Job job, double* __restrict__ sums) 
     const bool aligned = is_aligned(x) && is_aligned(p);
     Totals<V> totals;
     for (long long start = run.first; start < run.end; start += THREADS * GROUP) {
+      const long long mine = start + 4 * threadIdx.x;
+      if (aligned && start + THREADS * GROUP <= run.end && add_whole(totals, x + mine, p + mine, threshold))
+        continue;
       Sums<T> s;
       int voxels = 0;
-      const long long mine = start + 4 * threadIdx.x;
-      if (aligned && start + THREADS * GROUP <= run.end) {  // all loads before their first use
-        Four<E> xs[VECTORS];
-        Four<unsigned char> ps[VECTORS];
-#pragma unroll
-        for (int k = 0; k < VECTORS; ++k) {
-          xs[k] = read_four(x + mine + k * (4 * THREADS));
-          ps[k] = read_four(p + mine + k * (4 * THREADS));
-        }
-#pragma unroll
-        for (int k = 0; k < GROUP; ++k)
-          add<V>(s, plain_voxel<T>(xs[k / 4].element[k % 4], ps[k / 4].element[k % 4]), threshold);
-        voxels = GROUP;
-      } else {
-        for (int k = 0; k < GROUP; ++k) {
-          const long long i = mine + k / 4 * (4 * THREADS) + k % 4;
-          if (i >= run.end) continue;
-          add<V>(s, plain_voxel<T>(x[i], p[i]), threshold);
-          ++voxels;
-        }
+      for (int k = 0; k < GROUP; ++k) {
+        const long long i = mine + k / 4 * (4 * THREADS) + k % 4;
+        if (i >= run.end) continue;
+        add<V>(s, plain_voxel<T>(x[i], p[i]), threshold);
+        ++voxels;
       }
       totals.widen(s, voxels);
     }
@@ -141,7 +182,7 @@ statistics_anywhere(const __grid_constant__ Job job, double* __restrict__ sums) 
       Sums<T> s;
       int voxels = 0;
       for (int k = 0; k < GROUP; ++k) {
-        // The voxels, and the order, of the kernel above: the bits do not depend on the layout.
+        // The voxels, and the order, of the kernel above.
         const long long i = start + 4 * threadIdx.x + k / 4 * (4 * THREADS) + k % 4;
         if (i >= run.end) continue;
         const Voxel<T> v = read_voxel<V>(job, row.voxel(job, I(i)));
@@ -182,6 +223,7 @@ template <typename V, typename E>
 __global__ void __launch_bounds__(THREADS)
 gradient_in_place(const __grid_constant__ Job job, const double* __restrict__ coefficients) {
   typedef typename V::Real T;
+  constexpr bool QUICK = sizeof(E) == 2;
   for (unsigned number = blockIdx.x; number < job.tasks; number += gridDim.x) {
     const Run run(job, number);
     const E* x = reinterpret_cast<const E*>(run.row_of(job.logits));
@@ -197,11 +239,11 @@ gradient_in_place(const __grid_constant__ Job job, const double* __restrict__ co
         Four<E> gs;
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-          narrow(slope<V>(plain_voxel<T>(xs.element[j], ps.element[j]), k), gs.element[j]);
+          narrow(slope<V, QUICK>(plain_voxel<T>(xs.element[j], ps.element[j]), k), gs.element[j]);
         write_four(out + i, gs);
       } else {
         for (long long j = i; j < i + 4 && j < run.end; ++j)
-          narrow(slope<V>(plain_voxel<T>(x[j], p[j]), k), out[j]);
+          narrow(slope<V, QUICK>(plain_voxel<T>(x[j], p[j]), k), out[j]);
       }
     }
   }
@@ -220,7 +262,7 @@ gradient_anywhere(const __grid_constant__ Job job, const double* __restrict__ co
       const Place at = row.voxel(job, I(i));
       const Voxel<T> v = read_voxel<V>(job, at);
       // Exactly 0 where the voxel is left out, also where a coefficient is not finite.
-      const T g = v.left_out ? T(0) : slope<V>(v, k);
+      const T g = v.left_out ? T(0) : slope<V, false>(v, k);
       write_real(job.out.address + at.out, job.out.code, g);
     }
   }

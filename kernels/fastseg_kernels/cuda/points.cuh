@@ -35,31 +35,57 @@ struct Sums {
   int hits = 0, predicted = 0, foreground = 0, undefined = 0, invalid = 0, count = 0;
 };
 
+// Counts of a prediction and its target; `foreground` and `undefined` are counted by the caller.
 template <typename V, typename T = typename V::Real>
-__device__ __forceinline__ void add_logits(Sums<T>& s, T x, T p, T w) {
+__device__ __forceinline__ void add_hard(Sums<T>& s, T x, bool is_target, T threshold) {
+  if (!V::hard) return;
+  const bool over = x >= threshold;
+  s.predicted += over;
+  s.hits += over && is_target;
+}
+
+// One voxel whose target is 0 or 1. Its BCE is log(1 + exp(-|x|)), and |x| more where the logit is on
+// the wrong side. Errors near 0, and near 1, keep their digits: neither is formed as a difference.
+// QUICK: it is a number of half precision, and the quick exp will do.
+template <typename V, bool QUICK, typename T = typename V::Real>
+__device__ __forceinline__ void add_binary(Sums<T>& s, T x, bool is_target) {
+  if (!V::overlap && !V::bce) return;
+  const T size = magnitude(x);
+  const T e = QUICK ? quick_exp_negative(size) : exp_negative(size);
+  const bool wrong = (x >= T(0)) != is_target;
+  if (V::overlap) {
+    const T large = QUICK ? reciprocal(T(1) + e) : newton_reciprocal(T(1) + e);
+    const T small = e * large;
+    const T error = wrong ? large : small, right = wrong ? small : large;
+    if (is_target) {
+      s.missed += error;
+      s.inner += right;
+    } else {
+      s.false_alarm += error;
+    }
+  }
+  if (V::split && !is_target) {
+    s.product_neg = fused(s.product_neg, e, s.product_neg + e);
+    if (wrong) s.bce_neg += size;
+  } else if (V::bce) {
+    s.product_pos = fused(s.product_pos, e, s.product_pos + e);
+    if (wrong) s.bce_pos += size;
+  }
+}
+
+// One voxel of a soft target, or with a weight.
+template <typename V, typename T = typename V::Real>
+__device__ __forceinline__ void add_soft(Sums<T>& s, T x, T p, T w) {
   const T size = magnitude(x), other = T(1) - p, e = exp_negative(size);
   const bool positive = x >= T(0);
   if (V::overlap) {
-    const T large = reciprocal(T(1) + e), small = e * large;
+    const T large = newton_reciprocal(T(1) + e), small = e * large;
     const T q = positive ? large : small, rest = positive ? small : large;
-    if (V::binary) {
-      s.inner += p != T(0) ? q : T(0);
-      s.missed += p != T(0) ? rest : T(0);
-      s.false_alarm += p != T(0) ? T(0) : q;
-    } else {
-      s.inner += w * p * q;
-      s.missed += w * p * rest;
-      s.false_alarm += w * other * q;
-    }
+    s.inner += w * p * q;
+    s.missed += w * p * rest;
+    s.false_alarm += w * other * q;
   }
-  if (V::split && V::binary) {
-    const bool is_target = p != T(0);
-    const T e_pos = is_target ? e : T(0), e_neg = is_target ? T(0) : e;
-    s.product_pos = fused(s.product_pos, e_pos, s.product_pos + e_pos);
-    s.product_neg = fused(s.product_neg, e_neg, s.product_neg + e_neg);
-    s.bce_pos += is_target && x < T(0) ? size : T(0);
-    s.bce_neg += !is_target && positive ? size : T(0);
-  } else if (V::split) {
+  if (V::split) {
     const T rest = log_1p(e);
     if (p != T(0)) s.bce_pos += w * p * ((x < T(0) ? size : T(0)) + rest);
     if (other != T(0)) s.bce_neg += w * other * ((x > T(0) ? size : T(0)) + rest);
@@ -97,24 +123,22 @@ __device__ __forceinline__ void add_probs(Sums<T>& s, T x, T p, T w) {
 template <typename V, typename T = typename V::Real>
 __device__ __forceinline__ void add(Sums<T>& s, Voxel<T> v, T threshold) {
   ++s.count;
-  s.target += v.w * v.p;
   const bool valid = V::binary ? v.p == T(0) || v.p == T(1) : v.p >= T(0) && v.p <= T(1);
-  const bool outside = V::probs && (v.x < T(0) || v.x > T(1));
+  const bool outside = V::probs && (v.x < T(0) || v.x > T(1)), is_target = v.p >= T(0.5);
   s.invalid += !valid || outside || (V::weighted && !(v.w >= T(0)));
-  if (V::hard) {
-    const bool over = v.x >= threshold, is_target = v.p >= T(0.5);
-    s.predicted += over;
-    s.foreground += is_target;
-    s.hits += over && is_target;
-    s.undefined += v.x != v.x;
-  }
+  s.foreground += is_target;
+  if (!V::binary) s.target += v.w * v.p;
+  add_hard<V>(s, v.x, is_target, threshold);
+  s.undefined += v.x != v.x;
   const T x = V::weighted && v.w == T(0) ? T(0) : v.x;  // weight 0: whatever is stored there
   if (V::probs) add_probs<V>(s, x, v.p, v.w);
-  else add_logits<V>(s, x, v.p, v.w);
+  else if (V::binary) add_binary<V, false>(s, x, is_target);
+  else add_soft<V>(s, x, v.p, v.w);
 }
 
-// dL/dx from (on_target, off_target, bce_target, bce_other), which carry every scale.
-template <typename V, typename T = typename V::Real>
+// dL/dx from (on_target, off_target, bce_target, bce_other), which carry every scale. QUICK: it is
+// going to be rounded to half precision, and the quick exp will do.
+template <typename V, bool QUICK, typename T = typename V::Real>
 __device__ __forceinline__ T slope(Voxel<T> v, const T* k) {
   const T x = V::weighted && v.w == T(0) ? T(0) : v.x, p = v.p, other = T(1) - p;
   T value;
@@ -123,7 +147,8 @@ __device__ __forceinline__ T slope(Voxel<T> v, const T* k) {
     value = k[0] * p + k[1] * other;
     value += (k[3] * other * x - k[2] * p * rest) / (spread < T(1e-12) ? T(1e-12) : spread);
   } else {
-    const T e = exp_negative(magnitude(x)), large = reciprocal(T(1) + e);
+    const T size = magnitude(x), e = QUICK ? quick_exp_negative(size) : exp_negative(size);
+    const T large = QUICK ? reciprocal(T(1) + e) : newton_reciprocal(T(1) + e);
     const T small = fused(-e, e * large, e), spread = fused(-small, small, small);
     const bool positive = x >= T(0);
     if (V::binary) {

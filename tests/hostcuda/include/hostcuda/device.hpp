@@ -114,6 +114,18 @@ inline unsigned atomicInc(unsigned* address, unsigned last) {
 
 // Arithmetic
 
+namespace hostcuda {
+
+// The float that lies so many units in the last place above one: an instruction that errs as much as
+// its documentation allows. Subnormal numbers are flushed to 0, as CuPy has them.
+inline float off_by(int units, float value) {
+  if (std::fabs(value) < 1.17549435e-38f) return std::copysign(0.0f, value);
+  if (!(std::fabs(value) < 3e38f)) return value;
+  return std::bit_cast<float>(std::bit_cast<int>(value) + units);
+}
+
+}  // namespace hostcuda
+
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
 inline double __drcp_rn(double a) { return 1.0 / a; }
