@@ -23,6 +23,7 @@ import fastseg.torch
 from fastseg import dispatch, libraries
 from fastseg_kernels.cuda import Backend, installation, job
 from fastseg_kernels.cuda.runtime import TorchMemory
+from gpu_mirror import MirrorBackend
 from hostcuda import cupy
 from hostcuda.runtime import HostDriver
 
@@ -462,6 +463,32 @@ def test_tensors_of_other_devices_are_refused():
     logits = torch.zeros(1, 1, 3, device="meta")
     with pytest.raises(TypeError, match="logits is on meta: fastseg computes on the CPU and"):
         LOSS(logits, logits)
+
+
+# What test_gpu.py runs the contract by
+
+
+def test_the_mirror_keeps_what_it_does_not_write(monkeypatch):
+    mirror = MirrorBackend(dispatch._on_device("cupy", "cuda:0"))
+    logits, targets = cases.make(SHAPE)
+    expected = LOSS.value_and_grad(logits, targets)
+    wide = np.full((2, 3, 7, 11, 26), 5.0, np.float32)
+    wide[..., ::2] = logits
+    params, grads = [np.zeros((3, 2), np.float32), np.zeros(7)], [np.ones((3, 2), "f"), np.ones(7)]
+    for module in (fs.losses, fs.optimizers, fs.functional, fs.metrics):
+        monkeypatch.setattr(module, "backend_of", lambda library, array: mirror)
+    monkeypatch.setattr(fs.losses, "cpu", lambda: mirror)
+    x = wide[..., ::2]
+    value, _ = LOSS.value_and_grad(x, targets, out=x)
+    np.testing.assert_allclose(value, expected[0], rtol=1e-6)
+    np.testing.assert_allclose(x, expected[1], rtol=1e-5, atol=1e-9)
+    assert (wide[..., 1::2] == 5.0).all()
+    opt = fs.Adam(params, lr=0.5)
+    opt.step(grads)
+    np.testing.assert_allclose(params[0], -0.5, rtol=1e-6)
+    assert opt.state_dict()["exp_avg"][1][0] == pytest.approx(0.1)
+    np.testing.assert_allclose(fs.sigmoid(logits[::-1]), 1 / (1 + np.exp(-logits[::-1])), rtol=1e-6)
+    assert fs.jaccard_index(targets[:, 0], targets[:, 0]) == 1.0
 
 
 # An installation that lacks something

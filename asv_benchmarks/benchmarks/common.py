@@ -18,6 +18,10 @@ from numba import njit, prange
 
 import fastseg as fs
 
+from . import device
+
+BACKENDS = ("cpu", "cuda") if device.present() else ("cpu",)
+"""The one switch: where there is no GPU, no benchmark knows of one."""
 Call = Callable[[], Any]
 
 SAMPLES = 2
@@ -63,10 +67,27 @@ def volume(dtype: str, size: int, targets: str) -> Volume:
     return Volume(logits, labels, np.ones_like(logits))
 
 
+def placed(arrays: Volume, backend: str) -> Volume:
+    """Return the arrays where a backend computes."""
+    return arrays if backend == "cpu" else Volume(*map(device.to_device, arrays))
+
+
 # The clock
 
 
-def interleaved(calls: dict[str, Call], rounds: int, turn: float = 0.03) -> dict[str, float]:
+def wall_seconds(call: Call) -> float:
+    """Return how long a call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+STOPWATCHES: dict[str, Callable[[Call], float]] = {"cpu": wall_seconds, "cuda": device.seconds}
+
+
+def interleaved(
+    calls: dict[str, Call], rounds: int, turn: float = 0.03, backend: str = "cpu"
+) -> dict[str, float]:
     """Return the median seconds of each call; the calls take turns, so that a drift hits all.
 
     A turn is a lead-in, then timed calls for ``turn`` seconds, at least three.
@@ -74,26 +95,24 @@ def interleaved(calls: dict[str, Call], rounds: int, turn: float = 0.03) -> dict
     turns: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            turns[name].append(median(_take_turn(call, turn)))
+            turns[name].append(median(_take_turn(call, turn, STOPWATCHES[backend])))
     return {name: median(times) for name, times in turns.items()}
 
 
-def _take_turn(call: Call, turn: float) -> list[float]:
+def _take_turn(call: Call, turn: float, stopwatch: Callable[[Call], float]) -> list[float]:
     start = time.perf_counter()
     call()
     while time.perf_counter() - start < LEAD_IN:
         call()
     times: list[float] = []
     while len(times) < 3 or sum(times) < turn:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
+        times.append(stopwatch(call))
     return times
 
 
-def over(call: Call, baseline: Call, rounds: int = 7) -> float:
+def over(call: Call, baseline: Call, rounds: int = 7, backend: str = "cpu") -> float:
     """Return the time of a call over that of a baseline."""
-    times = interleaved({"call": call, "baseline": baseline}, rounds)
+    times = interleaved({"call": call, "baseline": baseline}, rounds, backend=backend)
     return times["call"] / times["baseline"]
 
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import fastseg as fs
 
-from . import peers
+from . import device, peers
 from .common import (
+    BACKENDS,
     Call,
     Volume,
     gradient_limit,
     over,
+    placed,
     statistics_limit,
     value_and_grad_limit,
     volume,
@@ -26,13 +28,14 @@ LOSS = fs.BCE() + fs.SoftJaccard()
 class _Pass:
     """A pass over volumes of every dtype and size; ``track_`` is its time over the limit's."""
 
-    params = (DTYPES, SIZES, TARGETS)
-    param_names = ("dtype", "size", "targets")
+    params = (BACKENDS, DTYPES, SIZES, TARGETS)
+    param_names = ("backend", "dtype", "size", "targets")
     timeout = 300
     unit = "time / limit"
+    timer = staticmethod(device.clock)
 
-    def setup(self, dtype: str, size: int, targets: str) -> None:
-        self.arrays = volume(dtype, size, targets)
+    def setup(self, backend: str, dtype: str, size: int, targets: str) -> None:
+        self.backend, self.arrays = backend, placed(volume(dtype, size, targets), backend)
         self.call = self.make_call()
         self.call()  # compiles
 
@@ -42,8 +45,13 @@ class _Pass:
     def make_limit(self) -> Call:
         raise NotImplementedError
 
+    def bytes_moved(self) -> int:
+        """Return what a pass reads and writes, which a GPU's limit copies."""
+        raise NotImplementedError
+
     def track_over_limit(self, *params: Any) -> float:
-        return over(self.call, self.make_limit())
+        limit = self.make_limit() if self.backend == "cpu" else device.copy(self.bytes_moved())
+        return over(self.call, limit, backend=self.backend)
 
 
 class Statistics(_Pass):
@@ -53,6 +61,10 @@ class Statistics(_Pass):
 
     def make_limit(self) -> Call:
         return statistics_limit(self.arrays)
+
+    def bytes_moved(self) -> int:
+        logits, targets, _ = self.arrays
+        return int(logits.nbytes + targets.nbytes)
 
     def time_statistics(self, *params: Any) -> None:
         self.call()
@@ -67,6 +79,10 @@ class Gradient(_Pass):
     def make_limit(self) -> Call:
         return gradient_limit(self.arrays)
 
+    def bytes_moved(self) -> int:
+        logits, targets, out = self.arrays
+        return int(logits.nbytes + targets.nbytes + out.nbytes)
+
     def time_gradient(self, *params: Any) -> None:
         self.call()
 
@@ -78,6 +94,10 @@ class ValueAndGrad(_Pass):
 
     def make_limit(self) -> Call:
         return value_and_grad_limit(self.arrays)
+
+    def bytes_moved(self) -> int:
+        logits, targets, out = self.arrays
+        return int(2 * (logits.nbytes + targets.nbytes) + out.nbytes)
 
     def time_value_and_grad(self, *params: Any) -> None:
         self.call()

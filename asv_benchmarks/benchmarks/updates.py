@@ -9,8 +9,8 @@ import numpy as np
 
 import fastseg as fs
 
-from . import peers
-from .common import PERIOD, Call, over, update_limit
+from . import device, peers
+from .common import BACKENDS, PERIOD, Call, over, update_limit
 
 LISTS = {"1 of 16M": (1, 16 * 2**20), "2000 of 1000": (2000, 1000)}
 LR = 1e-3
@@ -30,14 +30,17 @@ def parameters(count: int, size: int) -> tuple[list[np.ndarray], list[np.ndarray
 class _Update:
     """A step over lists of arrays; ``track_`` is its time over the machine's limit."""
 
-    params = (tuple(LISTS),)
-    param_names = ("arrays",)
+    params = (BACKENDS, tuple(LISTS))
+    param_names = ("backend", "arrays")
     timeout = 300
     unit = "time / limit"
+    timer = staticmethod(device.clock)
     memory_arrays = 2  # that the limit goes through: parameters, gradients and states
 
-    def setup(self, arrays: str) -> None:
+    def setup(self, backend: str, arrays: str) -> None:
         params, grads = parameters(*LISTS[arrays])
+        if backend == "cuda":
+            params, grads = (list(map(device.to_device, each)) for each in (params, grads))
         step = self.make_optimizer(params).step
         self.call: Call = lambda: step(grads)
         self.call()  # compiles
@@ -45,12 +48,17 @@ class _Update:
     def make_optimizer(self, params: list[np.ndarray]) -> Any:
         raise NotImplementedError
 
-    def time_step(self, arrays: str) -> None:
+    def time_step(self, backend: str, arrays: str) -> None:
         self.call()
 
-    def track_over_limit(self, arrays: str) -> float:
+    def track_over_limit(self, backend: str, arrays: str) -> float:
         count, size = LISTS[arrays]
-        return over(self.call, update_limit(4 * count * size, self.memory_arrays))
+        nbytes = 4 * count * size
+        if backend == "cpu":
+            limit = update_limit(nbytes, self.memory_arrays)
+        else:  # all are read, and all but the gradients written
+            limit = device.copy((2 * self.memory_arrays - 1) * nbytes)
+        return over(self.call, limit, backend=backend)
 
 
 class GradientDescent(_Update):

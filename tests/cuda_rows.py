@@ -1,0 +1,20 @@
+"""The contract's rows that the CUDA backend must keep too: the CPU's own tests, imported.
+
+Swapped and unaligned arrays are left out (conftest.py): no device has them.
+"""
+
+from test_accuracy import (  # noqa: F401
+    test_a_confident_network_keeps_its_digits,
+    test_a_score_near_0_keeps_its_digits,
+    test_constant_logits_do_not_drift,
+    test_extreme_logits_have_their_limits,
+    test_gradient_of_bce_and_jaccard_is_within_4_ulp_of_itself,
+    test_nan_in_nan_out,
+    test_tversky_of_a_network_that_is_sure_and_wrong,
+)
+from test_contract import *  # noqa: F403
+from test_exclusion import *  # noqa: F403
+from test_metrics import *  # noqa: F403
+from test_optimizers import *  # noqa: F403
+
+__all__ = [name for name in globals() if name.startswith("test_")]

@@ -1,0 +1,144 @@
+"""A backend for NumPy arrays that computes on a GPU: what it reads and writes is mirrored there.
+
+It lets the contract's tests, which are written for NumPy arrays, run on a device as they are.
+Memory goes over as it lies, byte for byte with gaps and overlaps, at the same alignment.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastseg.problems import _extent
+from fastseg_kernels.cuda import Backend
+from fastseg_kernels.problem import Evaluation, Problem
+from fastseg_kernels.updates import Rule
+from fastseg_kernels.views import Layout, View
+
+ALIGNMENT = 256
+
+
+class Mirror:
+    """Host memory on the device, by ranges of addresses."""
+
+    def __init__(self, cupy: Any, spans: Iterable[tuple[int, int]]) -> None:
+        self.ranges: list[tuple[int, int, Any, int]] = []
+        merged: list[list[int]] = []
+        for low, high in sorted(span for span in spans if span[0] < span[1]):
+            if merged and low <= merged[-1][1]:
+                merged[-1][1] = max(merged[-1][1], high)
+            else:
+                merged.append([low, high])
+        for low, high in merged:
+            shift = low % ALIGNMENT
+            memory = cupy.empty(high - low + shift, np.uint8)
+            memory[shift:].set(self._host(low, high))
+            self.ranges.append((low, high, memory, int(memory.data.ptr) + shift))
+
+    @staticmethod
+    def _host(low: int, high: int) -> np.ndarray:
+        return np.frombuffer((ctypes.c_char * (high - low)).from_address(low), np.uint8)
+
+    def __getitem__(self, address: int) -> int:
+        """Return where an address lies on the device; 0 stays 0, and what has no elements."""
+        for low, high, _, base in self.ranges:
+            if low <= address < high:
+                return base + address - low
+        return 0
+
+    def fetch(self) -> None:
+        """Copy everything back."""
+        for low, high, memory, _ in self.ranges:
+            content = np.ascontiguousarray(memory.get()[low % ALIGNMENT :])
+            ctypes.memmove(low, content.ctypes.data, high - low)
+
+
+def _span(address: int, layout: Layout | None) -> tuple[int, int]:
+    low, high = (0, 0) if layout is None else _extent(layout)
+    return address + low, address + high
+
+
+class MirrorTable:
+    """The table of an optimiser whose arrays are on the host."""
+
+    def __init__(
+        self, backend: MirrorBackend, params: Sequence[View], states: Sequence[Sequence[Any]]
+    ) -> None:
+        self.backend, self.states = backend, states
+        self.set_params(params)
+
+    def set_params(self, params: Sequence[View]) -> None:
+        self.params = params
+
+    def set_grads(self, grads: Sequence[View]) -> None:
+        self.grads = grads
+
+    def update(self, rule: Rule, step: int, lr: Any, grad_scale: Any, zero_grads: bool) -> None:
+        cupy, device = self.backend.cupy, self.backend.device
+        views = [*self.params, *self.grads]
+        mirror = Mirror(cupy, [_span(view.address, view.layout) for view in views])
+        states = [[cupy.asarray(array) for array in arrays] for arrays in self.states]
+        params, grads = (
+            [view._replace(address=mirror[view.address]) for view in views]
+            for views in (self.params, self.grads)
+        )
+        table = device.update_table(params, states)
+        table.set_grads(grads)
+        table.update(rule, step, lr, grad_scale, zero_grads)
+        mirror.fetch()
+        for arrays, copies in zip(self.states, states, strict=True):
+            for array, copy in zip(arrays, copies, strict=True):
+                array[...] = copy.get()
+
+
+class MirrorBackend:
+    """What `fastseg.dispatch.Backend` types, for NumPy arrays, on a device of CuPy's."""
+
+    def __init__(self, device: Backend) -> None:
+        import cupy
+
+        self.cupy, self.device = cupy, device
+
+    def _moved(self, problem: Problem, *more: View) -> tuple[Problem, Mirror]:
+        layouts = problem.arrangement.layouts
+        spans = [_span(a, layout) for a, layout in zip(problem.addresses, layouts, strict=True)]
+        mirror = Mirror(self.cupy, [*spans, *(_span(v.address, v.layout) for v in more)])
+        addresses = tuple(mirror[address] for address in problem.addresses)
+        return problem._replace(addresses=addresses), mirror
+
+    def statistics(self, problem: Problem, families: frozenset[str]) -> Any:
+        moved, _mirror = self._moved(problem)
+        return self.device.to_host(self.device.statistics(moved, families))
+
+    def gradient(self, problem: Problem, coefficients: Any, out: View) -> None:
+        moved, mirror = self._moved(problem, out)
+        there = out._replace(address=mirror[out.address])
+        self.device.gradient(moved, self.cupy.asarray(coefficients), there)
+        mirror.fetch()
+
+    def evaluate(self, *arguments: Any) -> Evaluation:
+        return Evaluation(*(array.get() for array in self.device.evaluate(*arguments)))
+
+    def sigmoid(self, x: View, out: View) -> None:
+        mirror = Mirror(self.cupy, [_span(view.address, view.layout) for view in (x, out)])
+        self.device.sigmoid(*(v._replace(address=mirror[v.address]) for v in (x, out)))
+        mirror.fetch()
+
+    def count_labels(self, problem: Problem, num_classes: int) -> Any:
+        moved, _mirror = self._moved(problem)  # which must outlive the call
+        return self.device.count_labels(moved, num_classes)
+
+    def update_table(self, params: Any, states: Any) -> MirrorTable:
+        return MirrorTable(self, params, states)
+
+    def state_like(self, param: View, k: int) -> Any:
+        return np.zeros(int(np.prod(param.shape)), param.dtype)
+
+    def to_host(self, array: Any) -> Any:
+        return array
+
+    def from_host(self, array: Any, values: Any) -> None:
+        array[...] = values
