@@ -135,8 +135,10 @@ def show_info(as_json: bool) -> None:
 
 def _plain(name: str, value: Any) -> str:
     """Return a value of `fastseg.info.collect` in words."""
-    if value is None:
+    if value is None or value == []:
         return "none"
+    if isinstance(value, list):
+        return ", ".join(value)
     if isinstance(value, dict):
         return ", ".join(f"{key}: {_plain(key, entry)}" for key, entry in value.items())
     if isinstance(value, bool):

@@ -14,8 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastseg_kernels.cuda import installation
+
 DISTRIBUTION = "fastseg-kernels"
-CUPY_DISTRIBUTIONS = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
+CUDA_MAJORS = (12, 13)
+"""CUDA versions that there is an extra for."""
 
 
 def collect() -> dict[str, Any]:
@@ -70,7 +73,7 @@ def _versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         **found,
-        "cupy": _version(*CUPY_DISTRIBUTIONS),
+        "cupy": _version(*installation.CUPY_DISTRIBUTIONS),
     }
 
 
@@ -134,19 +137,40 @@ def is_writable(directory: Path) -> bool:
 
 
 def _gpu() -> dict[str, Any]:
-    """Say what of a GPU's software is there; neither CuPy nor a driver is started."""
-    cupy, driver = _version(*CUPY_DISTRIBUTIONS), _driver_version()
-    if driver is None:
-        hint = "no NVIDIA driver was found"
-    elif cupy is None:
-        hint = "an NVIDIA driver was found, CuPy was not"
-    else:
-        hint = "an NVIDIA driver and CuPy were found"
-    return {
-        "cupy": cupy,
-        "driver": driver,
-        "hint": f"{hint}; this version computes on the CPU only, there is nothing to install",
+    """Say what of a GPU's software is there, and what to do about what is not.
+
+    CuPy is imported only where both it and a driver are there.
+    """
+    driver, cupy = _driver_version(), installation.installed_cupy()
+    found: dict[str, Any] = {
+        "driver_cuda": driver,
+        "cupy": None if cupy is None else " ".join(cupy),
+        "devices": [],
+        "hint": "computes on the CPU: no NVIDIA driver was found, and there is nothing to install",
     }
+    if driver is None:
+        return found
+    major = int(driver.partition(".")[0])
+    if cupy is None:
+        newest = max(m for m in CUDA_MAJORS if m <= max(major, CUDA_MAJORS[0]))
+        found["hint"] = f"for the GPU: {installation.extra(newest)}"
+        return found
+    try:
+        with installation.explained():
+            module = installation.cupy_module()
+            runtime = module.cuda.runtime
+            for index in range(runtime.getDeviceCount()):
+                properties = runtime.getDeviceProperties(index)
+                name = properties["name"].decode()
+                capability = f"{properties['major']}.{properties['minor']}"
+                found["devices"].append(f"{name}, compute capability {capability}")
+            nvrtc = module.cuda.nvrtc.getVersion()
+    except Exception as error:
+        found["hint"] = str(error).partition("\n")[0]
+        return found
+    found["nvrtc"] = ".".join(map(str, nvrtc))
+    found["hint"] = "arrays of CuPy and CUDA tensors are computed on their GPU"
+    return found
 
 
 def _driver_version() -> str | None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,9 @@ import torch
 import cases
 import fastseg as fs
 import fastseg.torch
-from fastseg import dispatch, libraries
+from fastseg import dispatch, info, libraries
 from fastseg_kernels.cuda import Backend, installation, job
-from fastseg_kernels.cuda.runtime import TorchMemory
+from fastseg_kernels.cuda.runtime import CuPyDriver, TorchMemory
 from gpu_mirror import MirrorBackend
 from hostcuda import cupy
 from hostcuda.runtime import HostDriver
@@ -551,6 +553,56 @@ def test_no_memory_left_keeps_its_class(monkeypatch):
         LOSS(x, t)
     (note,) = caught.value.__notes__
     assert note.startswith("fastseg: the device has no memory left") and "pass out=" in note
+
+
+@pytest.mark.parametrize(
+    ("driver", "cupy_found", "hint"),
+    [
+        (None, None, "computes on the CPU: no NVIDIA driver was found"),
+        ("12.4", None, r"for the GPU: pip install 'fastseg-kernels\[cuda12\]'"),
+        ("13.1", None, r"for the GPU: pip install 'fastseg-kernels\[cuda13\]'"),
+        ("14.0", None, r"for the GPU: pip install 'fastseg-kernels\[cuda13\]'"),
+        ("12.4", ("cupy-cuda13x", "14.2.0"), "the NVIDIA driver is missing or older than the CUDA"),
+    ],
+)
+def test_info_says_what_to_do(monkeypatch, driver, cupy_found, hint):
+    def fail() -> int:
+        raise CUDARuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient")
+
+    monkeypatch.setattr(info, "_driver_version", lambda: driver)
+    monkeypatch.setattr(installation, "installed_cupy", lambda: cupy_found)
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", fail, raising=False)
+    found = info.collect()["gpu"]
+    assert re.match(hint, found["hint"]) and "\n" not in found["hint"]
+
+
+def test_info_names_the_devices(monkeypatch):
+    properties = {"name": b"NVIDIA H200", "major": 9, "minor": 0}
+    monkeypatch.setattr(info, "_driver_version", lambda: "13.0")
+    monkeypatch.setattr(installation, "installed_cupy", lambda: ("cupy-cuda13x", "14.2.0"))
+    runtime = cupy.cuda.runtime
+    monkeypatch.setattr(runtime, "getDeviceCount", lambda: 1, raising=False)
+    monkeypatch.setattr(runtime, "getDeviceProperties", lambda index: properties, raising=False)
+    nvrtc = SimpleNamespace(getVersion=lambda: (13, 0))
+    monkeypatch.setattr(cupy.cuda, "nvrtc", nvrtc, raising=False)
+    found = info.collect()["gpu"]
+    assert found["devices"] == ["NVIDIA H200, compute capability 9.0"]
+    assert found["hint"] == "arrays of CuPy and CUDA tensors are computed on their GPU"
+
+
+def test_the_real_cupy_without_a_gpu(monkeypatch):
+    """What CuPy raises there is known to the advice; what else it has is what is used of it."""
+    monkeypatch.delitem(sys.modules, "cupy")
+    real = pytest.importorskip("cupy")
+    if real.cuda.is_available():
+        pytest.skip("there is a GPU: tests/test_gpu.py")
+    forget()
+    with pytest.raises(installation.InstallationError, match="the NVIDIA driver is missing"):
+        CuPyDriver(0)
+    runtime = real.cuda.runtime
+    names = ("eventRecord", "streamWaitEvent", "pointerGetAttributes", "getDevice")
+    assert all(hasattr(runtime, name) for name in names)
+    assert hasattr(real.cuda.Stream, "is_capturing") and hasattr(real.RawModule, "get_function")
 
 
 def test_other_errors_pass():
