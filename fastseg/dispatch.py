@@ -32,10 +32,11 @@ class UpdateTable(Protocol):
     def set_grads(self, grads: Sequence[View]) -> None:
         """Point the table at the gradients of this step."""
 
-    def update(self, rule: Rule, step: int, lr: Any, grad_scale: Any, zero_grads: bool) -> None:
-        """Update parameters and states in place; ``step`` is 1 at the first.
+    def update(self, rule: Rule, step: Any, lr: Any, grad_scale: Any, zero_grads: bool) -> None:
+        """Update parameters and states in place.
 
-        ``lr`` and ``grad_scale`` are numbers, or views of one number in the backend's memory.
+        ``step`` is 1 at the first, or a `Backend.counter` of the steps before; ``lr`` and
+        ``grad_scale`` are numbers, or views of one number in the backend's memory.
         """
 
 
@@ -78,6 +79,9 @@ class Backend(Protocol):
 
     def state_like(self, param: View, k: int) -> Any:
         """Return zeros for an optimiser's state ``k``: (elements,), in memory order."""
+
+    def counter(self, value: int) -> Any:
+        """Return an int64 array of one number, which `UpdateTable.update` counts up."""
 
     def to_host(self, array: Any) -> NDArray[Any]:
         """Return an array of the backend's as a NumPy array."""

@@ -54,8 +54,8 @@ class _Optimizer:
         values = self._checked(values)
         self.params = tuple(as_list(params))
         """The arrays that are updated."""
-        self.step_count = 0
-        """How many steps were taken."""
+        self._steps = 0
+        self._counter: Any = None  # of the steps, in the backend's memory: Adam's, if capturable
         if not self.params:
             raise ValueError("params must have at least one array, got none")
         for name, value in values.items():
@@ -120,12 +120,20 @@ class _Optimizer:
             values["lr"] = self._number("lr", lr, at_least=0)
         scale, zero_grads = self._number("grad_scale", grad_scale), bool(zero_grads)
         grads = as_list(grads)
-        table, step = self._point_table(grads, zero_grads), self.step_count + 1
-        table.update(self._rule(values, step), step, values["lr"], scale, zero_grads)
-        self.step_count += 1
+        table = self._point_table(grads, zero_grads)
+        step = self._steps + 1 if self._counter is None else self._counter
+        table.update(self._rule(values, self._steps + 1), step, values["lr"], scale, zero_grads)
+        self._steps += 1
         for arrays in (self.params, grads) if zero_grads else (self.params,):
             for i, written in self._counting:
                 written(arrays[i])
+
+    @property
+    def step_count(self) -> int:
+        """How many steps were taken; with ``capturable``, asking waits for the GPU."""
+        return (
+            self._steps if self._counter is None else int(self._backend.to_host(self._counter)[0])
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of everything that the next step depends on, parameters excepted.
@@ -205,7 +213,9 @@ class _Optimizer:
                 self._backend.from_host(array, flat)
         for name, value in values.items():
             setattr(self, name, value)
-        self.step_count = int(step)
+        self._steps = int(step)
+        if self._counter is not None:
+            self._backend.from_host(self._counter, np.array([step], np.int64))
 
     def __repr__(self) -> str:
         size = sum(prod(view.shape) for view in self._views)
@@ -458,6 +468,8 @@ class Adam(_Optimizer):
         At least 0; outside the square root, beside the corrected v (Keras' epsilon is not).
     weight_decay : float
         Decay of the parameters, 0 in the paper.
+    capturable : bool
+        Count the steps on the GPU, so that a step may be recorded into a CUDA graph.
     decoupled_weight_decay : bool
         False: an L2 penalty, g + weight_decay theta stands for g. True (AdamW): the old parameter
         is decayed first, theta - eta weight_decay theta, and the moments do not see it.
@@ -509,6 +521,7 @@ class Adam(_Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -518,6 +531,10 @@ class Adam(_Optimizer):
             weight_decay=weight_decay,
             decoupled_weight_decay=decoupled_weight_decay,
         )
+        if capturable:
+            if self._libraries[0].device(self.params[0]) == "cpu":
+                raise ValueError("capturable=True is for params on a GPU, got params on the CPU")
+            self._counter = self._backend.counter(0)
 
     @classmethod
     def _checked(cls, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 import fastseg as fs
+from stand_in import forget_libraries
 
 
 @pytest.fixture
@@ -14,6 +18,24 @@ def threads() -> Iterator[None]:
     """Give the number of threads back after a test that changes it."""
     yield
     fs.set_num_threads(None)
+
+
+@pytest.fixture
+def cupy_stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Put hostcuda's stand-in in CuPy's place; without g++ there is none."""
+    if shutil.which("g++") is None and os.environ.get("CI") is None:
+        pytest.skip("the CUDA kernels are run on the CPU by g++, which is not installed")
+    from hostcuda import cupy
+
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    current = cupy.Stream(0)
+    monkeypatch.setattr(cupy, "current", current)
+    monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda index=0: cupy.current)
+    forget_libraries()
+    cupy.events.clear()
+    yield
+    monkeypatch.undo()
+    forget_libraries()
 
 
 NOT_ON_A_DEVICE = ("swapped", "unaligned")

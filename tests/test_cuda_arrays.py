@@ -6,12 +6,9 @@ what stands around them, who allocates, what waits, and where answers are.
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
-import shutil
 import sys
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,38 +25,15 @@ from fastseg_kernels.cuda.runtime import CuPyDriver, TorchMemory
 from gpu_mirror import MirrorBackend
 from hostcuda import cupy
 from hostcuda.runtime import HostDriver
+from stand_in import forget_libraries
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None and os.environ.get("CI") is None,
-    reason="the CUDA kernels are run on the CPU by g++, which is not installed",
-)
 LOSS = fs.BCE() + 2.0 * fs.SoftJaccard()
 SHAPE = (2, 3, 7, 11, 13)
 
 
-def forget() -> None:
-    """Forget which libraries and backends were found."""
-    for cached in (
-        dispatch._on_device,
-        libraries._instance,
-        libraries._library_of_class,
-        libraries._cuda_array,
-        installation.cupy_module,
-    ):
-        cached.cache_clear()
-
-
 @pytest.fixture(autouse=True)
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def device(cupy_stand_in: None) -> None:
     """Put the stand-in in CuPy's place."""
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setattr(cupy, "current", cupy.Stream(0))
-    monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda index=0: cupy.current)
-    forget()
-    cupy.events.clear()
-    yield
-    monkeypatch.undo()
-    forget()
 
 
 def on_device(*arrays: np.ndarray) -> list[Any]:
@@ -347,7 +321,7 @@ def test_optimisers_update_in_place(rule):
 
 def test_a_step_on_another_stream_or_in_a_graph_has_copies_of_its_own():
     params, grads = on_device(np.zeros(9, np.float32), np.ones(9, np.float32))
-    opt = fs.Adam(params)
+    opt = fs.Momentum(params, lr=0.1)
     opt.step(grads)
     (part,) = opt._table._parts
     first = dict(part.copies)
@@ -365,6 +339,36 @@ def test_a_step_on_another_stream_or_in_a_graph_has_copies_of_its_own():
     cupy.current.capturing = False
     opt.step(grads)
     assert not any(part.copies[name] is array for name in part.copies for array in kept)
+
+
+def test_adam_counts_on_the_device_where_a_graph_repeats_its_steps():
+    params, grads = on_device(np.zeros(9, np.float32), np.ones(9, np.float32))
+    cupy.current = cupy.Stream(64)
+    frozen = fs.Adam(params)
+    frozen.step(grads)
+    cupy.current.capturing = True
+    with pytest.raises(RuntimeError, match="make the optimiser with capturable=True"):
+        frozen.step(grads)
+    cupy.current.capturing = False
+    with pytest.raises(ValueError, match="capturable=True is for params on a GPU"):
+        fs.Adam(np.zeros(3), capturable=True)
+    mine, theirs = (cupy.asarray(np.zeros(9, np.float32)) for _ in range(2))
+    opt, other = fs.Adam(mine, lr=0.1, capturable=True), fs.Adam(theirs, lr=0.1)
+    for k in range(1, 5):
+        cupy.current.capturing = k == 3
+        opt.step(grads * k)
+        cupy.current.capturing = False
+        other.step(grads * k)
+        np.testing.assert_allclose(host(mine), host(theirs), rtol=1e-6)
+        assert opt.step_count == other.step_count == k
+    again = fs.Adam(mine, capturable=True)
+    again.load_state_dict(opt.state_dict())
+    opt.step(grads)
+    expected = host(mine).copy()
+    mine[...] = theirs
+    again.step(grads)
+    np.testing.assert_allclose(host(mine), expected, rtol=1e-6)
+    assert again.step_count == 5
 
 
 def test_a_recorded_call_owns_its_memory():
@@ -596,7 +600,7 @@ def test_the_real_cupy_without_a_gpu(monkeypatch):
     real = pytest.importorskip("cupy")
     if real.cuda.is_available():
         pytest.skip("there is a GPU: tests/test_gpu.py")
-    forget()
+    forget_libraries()
     with pytest.raises(installation.InstallationError, match="the NVIDIA driver is missing"):
         CuPyDriver(0)
     runtime = real.cuda.runtime

@@ -255,9 +255,6 @@ def test_a_recorded_call_is_replayed_on_new_data(cupy):
     logits, targets = cases.make((2, 1, 32, 33, 34))
     x, t = cupy.asarray(logits), cupy.asarray(targets)
     out = cupy.empty_like(x)
-    theta, grad = cupy.zeros(1000, np.float32), cupy.ones(1000, np.float32)
-    adam = fs.Adam(theta, lr=0.1)
-    adam.step(grad)
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         LOSS.value_and_grad(x, t, out=out)
@@ -276,6 +273,25 @@ def test_a_recorded_call_is_replayed_on_new_data(cupy):
             graph.launch()
             stream.synchronize()
         check((value, out), LOSS.value_and_grad(logits, targets))
+
+
+def test_a_recorded_step_counts_on(cupy):
+    grad = cupy.ones(1000, np.float32)
+    mine, theirs = cupy.zeros(1000, np.float32), np.zeros(1000, np.float32)
+    opt, other = fs.Adam(mine, lr=0.1, capturable=True), fs.Adam(theirs, lr=0.1)
+    cupy.cuda.Device().synchronize()
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        opt.step(grad)
+        stream.begin_capture()
+        opt.step(grad)
+        graph = stream.end_capture()
+        for _ in range(4):
+            graph.launch()
+        stream.synchronize()
+        assert opt.step_count == 5
+    for _ in range(5):
+        other.step(np.ones(1000, np.float32))
+    np.testing.assert_allclose(mine.get(), theirs, rtol=1e-5)
 
 
 def test_a_pytorch_graph(torch):

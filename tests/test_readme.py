@@ -19,8 +19,10 @@ def test_there_is_code():
 
 
 @pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
-def test_code_block_runs(code, tmp_path, monkeypatch, capsys):
+def test_code_block_runs(code, tmp_path, monkeypatch, capsys, request):
     monkeypatch.chdir(tmp_path)
+    if "import cupy" in code:
+        request.getfixturevalue("cupy_stand_in")
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
     assert capsys.readouterr().out.strip()
 

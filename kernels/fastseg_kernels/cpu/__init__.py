@@ -7,7 +7,7 @@ from fastseg_kernels.cpu.compiled import cache_directory, compile_target
 from fastseg_kernels.cpu.evaluation import evaluate
 from fastseg_kernels.cpu.labels import count_labels
 from fastseg_kernels.cpu.logistic import sigmoid
-from fastseg_kernels.cpu.memory import from_host, state_like, to_host
+from fastseg_kernels.cpu.memory import counter, from_host, state_like, to_host
 from fastseg_kernels.cpu.passes import gradient, statistics
 from fastseg_kernels.cpu.threads import describe, get_num_threads, set_num_threads
 from fastseg_kernels.cpu.updates import Table as update_table
@@ -16,6 +16,7 @@ __all__ = [
     "cache_directory",
     "compile_target",
     "count_labels",
+    "counter",
     "describe",
     "evaluate",
     "from_host",

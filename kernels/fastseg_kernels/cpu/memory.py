@@ -31,6 +31,11 @@ def state_like(param: View, k: int) -> NDArray[Any]:
     return np.ndarray((count,), param.dtype, memory, offset)
 
 
+def counter(value: int) -> NDArray[np.int64]:
+    """Return an array of one number."""
+    return np.array([value], np.int64)
+
+
 def to_host(array: NDArray[Any]) -> NDArray[Any]:
     """Return the array: it is on the host."""
     return array

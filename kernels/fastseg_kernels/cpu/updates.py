@@ -206,11 +206,21 @@ class Table:
         for part in self._parts:
             part.tensors["grad"] = [grads[i].address for i in part.indices]
 
-    def update(self, rule: Rule, step: int, lr: float, grad_scale: float, zero_grads: bool) -> None:
+    def update(
+        self,
+        rule: Rule,
+        step: int | NDArray[np.int64],
+        lr: float,
+        grad_scale: float,
+        zero_grads: bool,
+    ) -> None:
         """Update parameters and states in place, by one parallel region per dtype.
 
-        ``step`` is 1 at the first.
+        ``step`` is 1 at the first, or a counter of the steps before, which is counted up.
         """
+        if isinstance(step, np.ndarray):
+            step += 1
+            step = int(step[0])
         numbers = rule.at(step, lr, grad_scale)
         for part in self._parts:
             part.zero_grads[0] = zero_grads

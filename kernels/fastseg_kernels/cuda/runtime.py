@@ -88,6 +88,10 @@ class Device:
             self.launch("memory.cu", "clear", grid, self.memory.address(array), size)
         return array
 
+    def counter(self, value: int) -> Any:
+        """Return an int64 array of one number."""
+        return self.upload(np.array([value], np.int64))
+
     def to_host(self, array: Any) -> NDArray[Any]:
         """Copy an array of the device to the host, and wait for it."""
         return self.memory.to_host(array)

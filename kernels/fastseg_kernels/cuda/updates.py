@@ -129,6 +129,11 @@ class Table:
             record["k"][0] *= grad_scale
         if rule.betas is not None:
             if isinstance(step, int):
+                if captured:
+                    raise RuntimeError(
+                        "a graph would repeat the step with the number that it was recorded with; "
+                        "make the optimiser with capturable=True"
+                    )
                 record["k"][list(BY_STEP)] *= corrections(rule.betas, step)
             else:
                 by_step = device.empty((2,))

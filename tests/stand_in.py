@@ -1,0 +1,18 @@
+"""What tests do that put something in the place of an array library."""
+
+from __future__ import annotations
+
+from fastseg import dispatch, libraries
+from fastseg_kernels.cuda import installation
+
+
+def forget_libraries() -> None:
+    """Forget which libraries and backends were found."""
+    for cached in (
+        dispatch._on_device,
+        libraries._instance,
+        libraries._library_of_class,
+        libraries._cuda_array,
+        installation.cupy_module,
+    ):
+        cached.cache_clear()
