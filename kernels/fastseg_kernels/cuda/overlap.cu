@@ -217,6 +217,12 @@ __device__ __forceinline__ void read_coefficients(const double* coefficients, lo
   for (int j = 0; j < COEFFICIENTS; ++j) k[j] = T(coefficients[row * COEFFICIENTS + j]);
 }
 
+// The task of a turn of the second pass, which runs backwards: what the first pass read last is still
+// in the L2 cache.
+__device__ __forceinline__ unsigned from_the_end(const Job& job, unsigned turn) {
+  return unsigned(job.tasks) - 1 - turn;
+}
+
 // grid: at most the tasks; block: THREADS. coefficients: (samples, classes, 4). The output lies as
 // the logits do, or is the logits: no address is read once it was written.
 template <typename V, typename E>
@@ -224,8 +230,8 @@ __global__ void __launch_bounds__(THREADS)
 gradient_in_place(const __grid_constant__ Job job, const double* __restrict__ coefficients) {
   typedef typename V::Real T;
   constexpr bool QUICK = sizeof(E) == 2;
-  for (unsigned number = blockIdx.x; number < job.tasks; number += gridDim.x) {
-    const Run run(job, number);
+  for (unsigned turn = blockIdx.x; turn < job.tasks; turn += gridDim.x) {
+    const Run run(job, from_the_end(job, turn));
     const E* x = reinterpret_cast<const E*>(run.row_of(job.logits));
     const unsigned char* p = reinterpret_cast<const unsigned char*>(run.row_of(job.targets));
     E* out = reinterpret_cast<E*>(const_cast<char*>(run.row_of(job.out)));
@@ -253,8 +259,8 @@ template <typename V, typename I>
 __global__ void __launch_bounds__(THREADS, 1)
 gradient_anywhere(const __grid_constant__ Job job, const double* __restrict__ coefficients) {
   typedef typename V::Real T;
-  for (unsigned number = blockIdx.x; number < job.tasks; number += gridDim.x) {
-    const Run run(job, number);
+  for (unsigned turn = blockIdx.x; turn < job.tasks; turn += gridDim.x) {
+    const Run run(job, from_the_end(job, turn));
     const Place row(job, run.n, run.c);
     T k[COEFFICIENTS];
     read_coefficients(coefficients, run.row, k);
