@@ -26,9 +26,10 @@ FAMILIES = ("BCE | OVERLAP", "BCE | HARD | OVERLAP", "BCE_SPLIT | HARD | OVERLAP
 KINDS = [(k, a) for k in ("BINARY", "SOFT", "WEIGHTED") for a in ("SIGMOID", "PROBS")]
 
 
-def in_place(verb: str, real: str, *families: str) -> list[str]:
+def in_place(verb: str, real: str, *families: str, target: str = "unsigned char") -> list[str]:
+    kind = "SOFT" if target == "float" else "BINARY"
     return [
-        f"{verb}_in_place<Variant<{real}, BINARY, SIGMOID, {names}>, {element}>"
+        f"{verb}_in_place<Variant<{real}, {kind}, SIGMOID, {names}>, {element}, {target}>"
         for names in families
         for element in TYPES.values()
         if real == "double" or element != "double"
@@ -75,10 +76,26 @@ GROUPS = {
     "statistics in place, double": Group(
         "overlap.cu", in_place("statistics", "double", *FAMILIES[1:]), 160
     ),
+    "statistics in place, other targets": Group(
+        "overlap.cu",
+        [
+            *in_place("statistics", "float", *FAMILIES[:3], target="float"),
+            *in_place("statistics", "float", *FAMILIES[:3], target="long long"),
+        ],
+        152,
+    ),
     "statistics anywhere": Group("overlap.cu", anywhere("statistics", *FAMILIES[2:]), 128),
     "sum of tasks": Group("overlap.cu", ["add_tasks"], 64),
     "evaluation": Group("evaluation.cu", ["evaluate"], 160),
     "gradient in place": Group("overlap.cu", in_place("gradient", "float", "0"), 40),
+    "gradient in place, other targets": Group(
+        "overlap.cu",
+        [
+            *in_place("gradient", "float", "0", target="float"),
+            *in_place("gradient", "float", "0", target="long long"),
+        ],
+        48,
+    ),
     "gradient in place, double": Group("overlap.cu", in_place("gradient", "double", "0"), 64),
     "gradient anywhere": Group("overlap.cu", anywhere("gradient", "0"), 80),
     "sigmoid in place": Group("logistic.cu", sigmoids(), 40),

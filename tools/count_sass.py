@@ -39,8 +39,9 @@ class Kernel(NamedTuple):
     instructions: float  # at most, per element
 
 
-def _overlap(verb: str, element: str, families: str) -> str:
-    return f"{verb}_in_place<Variant<float, BINARY, SIGMOID, {families}>, {element}>"
+def _overlap(verb: str, element: str, families: str, target: str = "unsigned char") -> str:
+    kind = "SOFT" if target == "float" else "BINARY"
+    return f"{verb}_in_place<Variant<float, {kind}, SIGMOID, {families}>, {element}, {target}>"
 
 
 SUMS, HALF = "BCE | OVERLAP", "__nv_bfloat16"
@@ -60,8 +61,35 @@ KERNELS = [
         5,
         44,
     ),
+    Kernel(
+        "statistics, float32, targets float32",
+        "overlap.cu",
+        _overlap("statistics", "float", SUMS, "float"),
+        GROUP,
+        8,
+        8,
+        60,
+    ),
+    Kernel(
+        "statistics, float32, targets int64",
+        "overlap.cu",
+        _overlap("statistics", "float", SUMS, "long long"),
+        GROUP,
+        12,
+        12,
+        60,
+    ),
     Kernel("gradient, float32", "overlap.cu", _overlap("gradient", "float", "0"), 4, 1, 9, 38),
     Kernel("gradient, bfloat16", "overlap.cu", _overlap("gradient", HALF, "0"), 4, 1, 5, 30),
+    Kernel(
+        "gradient, float32, targets float32",
+        "overlap.cu",
+        _overlap("gradient", "float", "0", "float"),
+        4,
+        2,
+        12,
+        60,
+    ),
     Kernel("sigmoid, float32", "logistic.cu", "sigmoid_in_place<float, float>", 4, 1, 8, 34),
     Kernel("gradient descent, float32", "updates.cu", "update<Descent, float>", 4, 2, 12, 16),
     Kernel("momentum, float32", "updates.cu", "update<Momentum, float>", 4, 3, 20, 22),

@@ -77,9 +77,12 @@ struct Totals {
   }
 };
 
-template <typename T, typename E>
-__device__ __forceinline__ Voxel<T> plain_voxel(E x, unsigned char p) {
-  return Voxel<T>{T(widened(x)), T(p), T(1), false};
+// A voxel of a prediction of type E and a target of type P. A label that is neither 0 nor 1 is told
+// by any other number.
+template <typename T, typename E, typename P>
+__device__ __forceinline__ Voxel<T> plain_voxel(E x, P p) {
+  const T target = sizeof(P) == 8 ? (p == P(0) ? T(0) : p == P(1) ? T(1) : T(2)) : T(p);
+  return Voxel<T>{T(widened(x)), target, T(1), false};
 }
 
 // The bits of a word that a mask has. Written in PTX, since the compiler makes a shift and two tests
@@ -95,7 +98,25 @@ __device__ __forceinline__ unsigned bits_of(unsigned word, unsigned mask) {
 }
 
 // Adds a group of voxels all of which are in the row, at addresses of vectors: all loads come before
-// the first use. Returns false, with nothing added, if a label is neither 0 nor 1.
+// the first use. Returns false, with nothing added, if a label of one byte is neither 0 nor 1.
+template <typename V, typename E, typename P, typename T = typename V::Real>
+__device__ __forceinline__ bool add_whole(Totals<V>& totals, const E* x, const P* p, T threshold) {
+  constexpr int VECTORS = GROUP / 4;
+  Four<E> xs[VECTORS];
+  Four<P> ps[VECTORS];
+#pragma unroll
+  for (int k = 0; k < VECTORS; ++k) {
+    xs[k] = read_four(x + k * (4 * THREADS));
+    ps[k] = read_four(p + k * (4 * THREADS));
+  }
+  Sums<T> s;
+#pragma unroll
+  for (int k = 0; k < GROUP; ++k)
+    add<V>(s, plain_voxel<T>(xs[k / 4].element[k % 4], ps[k / 4].element[k % 4]), threshold);
+  totals.widen(s, GROUP);
+  return true;
+}
+
 template <typename V, typename E, typename T = typename V::Real>
 __device__ __forceinline__ bool add_whole(Totals<V>& totals, const E* x, const unsigned char* p,
                                           T threshold) {
@@ -136,18 +157,18 @@ __device__ __forceinline__ bool add_whole(Totals<V>& totals, const E* x, const u
   return true;
 }
 
-// For rows that are runs of memory: predictions of type E, and labels of one byte.
+// For rows that are runs of memory: predictions of type E and targets of type P.
 // grid: at most samples * classes * blocks; block: THREADS.
 // sums: (samples, classes, blocks, columns)
-template <typename V, typename E>
-__global__ void __launch_bounds__(THREADS, V::resident)
+template <typename V, typename E, typename P>
+__global__ void __launch_bounds__(THREADS, sizeof(P) == 1 ? V::resident : 1)
 statistics_in_place(const __grid_constant__ Job job, double* __restrict__ sums) {
   typedef typename V::Real T;
   const T threshold = T(job.threshold);
   for (unsigned number = blockIdx.x; number < job.tasks; number += gridDim.x) {
     const Run run(job, number);
     const E* x = reinterpret_cast<const E*>(run.row_of(job.logits));
-    const unsigned char* p = reinterpret_cast<const unsigned char*>(run.row_of(job.targets));
+    const P* p = reinterpret_cast<const P*>(run.row_of(job.targets));
     const bool aligned = is_aligned(x) && is_aligned(p);
     Totals<V> totals;
     for (long long start = run.first; start < run.end; start += THREADS * GROUP) {
@@ -225,7 +246,7 @@ __device__ __forceinline__ unsigned from_the_end(const Job& job, unsigned turn) 
 
 // grid: at most the tasks; block: THREADS. coefficients: (samples, classes, 4). The output lies as
 // the logits do, or is the logits: no address is read once it was written.
-template <typename V, typename E>
+template <typename V, typename E, typename P>
 __global__ void __launch_bounds__(THREADS)
 gradient_in_place(const __grid_constant__ Job job, const double* __restrict__ coefficients) {
   typedef typename V::Real T;
@@ -233,7 +254,7 @@ gradient_in_place(const __grid_constant__ Job job, const double* __restrict__ co
   for (unsigned turn = blockIdx.x; turn < job.tasks; turn += gridDim.x) {
     const Run run(job, from_the_end(job, turn));
     const E* x = reinterpret_cast<const E*>(run.row_of(job.logits));
-    const unsigned char* p = reinterpret_cast<const unsigned char*>(run.row_of(job.targets));
+    const P* p = reinterpret_cast<const P*>(run.row_of(job.targets));
     E* out = reinterpret_cast<E*>(const_cast<char*>(run.row_of(job.out)));
     const bool aligned = is_aligned(x) && is_aligned(p) && is_aligned(out);
     T k[COEFFICIENTS];
@@ -241,7 +262,7 @@ gradient_in_place(const __grid_constant__ Job job, const double* __restrict__ co
     for (long long i = run.first + 4 * threadIdx.x; i < run.end; i += 4 * THREADS) {
       if (aligned && i + 4 <= run.end) {
         const Four<E> xs = read_four(x + i);
-        const Four<unsigned char> ps = read_four(p + i);
+        const Four<P> ps = read_four(p + i);
         Four<E> gs;
 #pragma unroll
         for (int j = 0; j < 4; ++j)

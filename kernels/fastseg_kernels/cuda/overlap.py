@@ -15,6 +15,13 @@ from fastseg_kernels.problem import Arrangement, Problem
 from fastseg_kernels.views import Layout, View
 
 FILE = "overlap.cu"
+TARGETS = {
+    "bool": "unsigned char",
+    "uint8": "unsigned char",
+    "int64": "long long",
+    "float32": "float",
+}
+"""Targets that are read by vectors: masks, PyTorch's labels, and what MONAI makes of labels."""
 
 
 class _Plan(NamedTuple):
@@ -23,7 +30,7 @@ class _Plan(NamedTuple):
     job: Any  # all but the addresses
     variant: str  # C++: element type, targets, activation
     way: str  # "in_place" or "anywhere": the two sets of kernels
-    argument: str  # C++: their last template argument
+    argument: str  # C++: their last template arguments
     tasks: int
     blocks: int
     names: dict[frozenset[str], str]  # of the statistics' kernels
@@ -53,17 +60,19 @@ def _plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
     if arrangement.activation == "probs":  # above 0 also in the type that is compared in
         record["threshold"] = max(arrangement.threshold, float(np.finfo(arrangement.real).tiny))
     in_place = (
-        kind == "BINARY"
+        not weighted
         and as_stored
         and not has_ignore
         and arrangement.mask is None
-        and targets.dtype in ("bool", "uint8")
+        and targets.dtype in TARGETS
         and (out is None or out.dtype == logits.dtype)
         and all(is_run(geometry, k, layout) for k, layout in enumerate(layouts.values()))
     )
     variant = f"{TYPES[arrangement.real]}, {kind}, {arrangement.activation.upper()}"
     way = "in_place" if in_place else "anywhere"
-    argument = TYPES[logits.dtype] if in_place else counter(int(record["voxels"]))
+    argument = counter(int(record["voxels"]))
+    if in_place:
+        argument = f"{TYPES[logits.dtype]}, {TARGETS[targets.dtype]}"
     return _Plan(job, variant, way, argument, int(record["tasks"]), int(record["blocks"]), {})
 
 
