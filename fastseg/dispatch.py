@@ -52,20 +52,23 @@ class Backend(Protocol):
     def gradient(self, problem: Problem, coefficients: Any, out: View) -> None:
         """Write the gradient to ``out``."""
 
-    def evaluate(
+    def prepare(
         self,
         terms: NDArray[np.float64],
         class_weights: NDArray[np.float64],
-        sums: Any,
         columns: NDArray[np.int64],
         reduction: int,
-        scale: Any,
-        dtype: str = "float64",
+    ) -> Any:
+        """Return a table of terms as `evaluate` takes it; callers keep it."""
+
+    def evaluate(
+        self, table: Any, sums: Any, scale: Any, dtype: str = "float64", by_term: bool = False
     ) -> Evaluation:
         """Return the value of a table of terms and the coefficients of its gradient.
 
         ``scale`` is a number, float64 (N, C), or a view of either in the backend's memory;
-        ``dtype`` is that of the value where it is made for the caller (not on the CPU).
+        ``dtype`` is that of the value where it is made for the caller (not on the CPU); the values
+        of the terms are there if ``by_term``.
         """
 
     def sigmoid(self, x: View, out: View) -> None:

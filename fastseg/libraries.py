@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fastseg.dispatch import Backend, backend_of
-from fastseg_kernels.constants import DTYPE_CODES
+from fastseg_kernels.constants import DTYPE_CODES, ITEM_SIZES
 from fastseg_kernels.views import Layout, View
 
 
@@ -119,26 +119,22 @@ class Torch:
             getattr(self._torch, name): name for name in DTYPE_CODES if hasattr(self._torch, name)
         }
         self._dtypes: dict[Any, str] = names
+        self._layouts: dict[Any, Layout] = {}
+        self._strided = self._torch.strided
 
     def view(self, array: Any, name: str, *, writable: bool = False) -> View:
         """Describe a tensor; one that requires grad is refused, not detached in silence."""
         torch = self._torch
-        if hasattr(array, "to_local"):
+        if type(array) is not torch.Tensor and hasattr(array, "to_local"):
             raise TypeError(f"{name} is a DTensor; pass its local part, {name}.to_local()")
         self.device(array, name)
-        if array.layout is not torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {array.layout}")
         if array.requires_grad and torch.is_grad_enabled():
             raise TypeError(
                 f"{name} requires grad: use fastseg.torch.Loss(loss), which autograd follows, or "
                 f"pass {name}.detach()"
             )
-        kind = self._dtypes.get(array.dtype)
-        if kind is None:
-            raise TypeError(
-                f"{name} must have one of the dtypes {', '.join(self._dtypes.values())}, "
-                f"got {array.dtype}"
-            )
+        if array.layout is not self._strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {array.layout}")
         if array.is_neg() or array.is_conj():
             if writable:
                 raise ValueError(
@@ -146,17 +142,32 @@ class Torch:
                     "cannot be written in place"
                 )
             array = array.resolve_conj().resolve_neg()
-        address, shape = array.data_ptr(), tuple(array.shape)
-        if address == 0 and 0 not in shape:
+        address = array.data_ptr()
+        key = array.dtype, array.shape, array.stride()
+        layout = self._layouts.get(key) or self._new_layout(key, name)
+        if address == 0 and 0 not in layout.shape:
             raise TypeError(
                 f"{name} has no memory to be read, got a {type(array).__name__} whose storage is "
                 "elsewhere or was freed"
             )
-        size = array.element_size()
-        strides = tuple([step * size for step in array.stride()])
-        if address % size and array.is_cuda:
-            raise _misaligned(name, size)
-        return View(address, Layout(shape, strides, kind), array)
+        if address & 7 and address % ITEM_SIZES[layout.dtype] and array.is_cuda:
+            raise _misaligned(name, ITEM_SIZES[layout.dtype])
+        return View(address, layout, array)
+
+    def _new_layout(self, key: tuple[Any, ...], name: str) -> Layout:
+        """Make the layout of a tensor by dtype, shape and strides, and remember it."""
+        dtype, shape, strides = key
+        kind = self._dtypes.get(dtype)
+        if kind is None:
+            raise TypeError(
+                f"{name} must have one of the dtypes {', '.join(self._dtypes.values())}, "
+                f"got {dtype}"
+            )
+        if len(self._layouts) >= MOST_LAYOUTS:
+            self._layouts.clear()
+        size = ITEM_SIZES[kind]
+        layout = Layout(tuple(shape), tuple([step * size for step in strides]), kind)
+        return self._layouts.setdefault(key, layout)
 
     def empty_like(self, array: Any) -> Any:
         """Allocate a plain tensor in the same memory format."""
@@ -174,9 +185,9 @@ class Torch:
 
     def device(self, array: Any, name: str = "array") -> str:
         """Return "cpu" or "cuda:0"; other devices have no backend."""
-        device = array.device
-        if device.type == "cpu":
+        if array.is_cpu:
             return "cpu"
+        device = array.device
         if device.type != "cuda" or self._torch.version.hip:
             kind = "an AMD GPU" if device.type == "cuda" else device
             raise TypeError(

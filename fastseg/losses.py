@@ -282,7 +282,7 @@ class Loss:
     def term_values(self, s: Statistics) -> tuple[Any, ...]:
         """Return the value of each term, before its weight, as `value` does; no voxel is read."""
         backend, sums = self._place_of(s)
-        terms = self._evaluate(backend, sums, s.names, 1.0).terms
+        terms = self._evaluate(backend, sums, s.names, 1.0, by_term=True).terms
         return tuple(self._reduced(terms[k]) for k in range(len(self.parts)))
 
     # Steps
@@ -346,18 +346,20 @@ class Loss:
         names: tuple[str, ...],
         grad_scale: Any,
         dtype: str = "float64",
+        by_term: bool = False,
     ) -> Evaluation:
         samples, classes = sums.shape[:2]
         prepared = self.__dict__.setdefault("_prepared", {})
-        if (names, classes) not in prepared:
+        table = prepared.get((names, classes, backend))
+        if table is None:
             require(names, self.families())
             reduction = REDUCTIONS.index(self.options.reduction)
-            prepared[names, classes] = (*self._table(classes), picks(names), reduction)
-        table, weights, picked, reduction = prepared[names, classes]
+            table = backend.prepare(*self._table(classes), picks(names), reduction)
+            prepared[names, classes, backend] = table
         scale = grad_scale
         if type(scale) is not float:
             scale = self._scale(backend, grad_scale, (samples, classes))
-        return backend.evaluate(table, weights, sums, picked, reduction, scale, dtype)
+        return backend.evaluate(table, sums, scale, dtype, by_term)
 
     def _scale(
         self, backend: Backend, grad_scale: Any, rows: tuple[int, int]

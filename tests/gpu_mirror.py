@@ -119,8 +119,12 @@ class MirrorBackend:
         self.device.gradient(moved, self.cupy.asarray(coefficients), there)
         mirror.fetch()
 
+    def prepare(self, *arguments: Any) -> Any:
+        return self.device.prepare(*arguments)
+
     def evaluate(self, *arguments: Any) -> Evaluation:
-        return Evaluation(*(array.get() for array in self.device.evaluate(*arguments)))
+        result = self.device.evaluate(*arguments)
+        return Evaluation(*(None if array is None else array.get() for array in result))
 
     def sigmoid(self, x: View, out: View) -> None:
         mirror = Mirror(self.cupy, [_span(view.address, view.layout) for view in (x, out)])

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, NamedTuple
 
 from fastseg_kernels.views import Layout
 
@@ -66,8 +63,11 @@ class Problem(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """A loss evaluated: ``value`` (N, C) or (1, 1); ``terms`` one value per term and row."""
+    """A loss evaluated: ``value`` (N, C) or (1, 1); ``terms`` one value per term and row.
 
-    value: NDArray[np.float64]
-    terms: NDArray[np.float64]  # (T, N, C), or (T, 1, 1): before their weights
-    coefficients: NDArray[np.float64]  # (N, C, COEFFICIENTS)
+    Arrays are the backend's; without an axis of rows a backend may leave out the axes of length 1.
+    """
+
+    value: Any  # float64, unless asked for otherwise
+    terms: Any  # float64 (T, N, C), or (T, 1, 1): before their weights
+    coefficients: Any  # float64 (N, C, COEFFICIENTS)

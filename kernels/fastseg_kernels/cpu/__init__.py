@@ -4,7 +4,7 @@
 """
 
 from fastseg_kernels.cpu.compiled import cache_directory, compile_target
-from fastseg_kernels.cpu.evaluation import evaluate
+from fastseg_kernels.cpu.evaluation import evaluate, prepare
 from fastseg_kernels.cpu.labels import count_labels
 from fastseg_kernels.cpu.logistic import sigmoid
 from fastseg_kernels.cpu.memory import counter, from_host, state_like, to_host
@@ -22,6 +22,7 @@ __all__ = [
     "from_host",
     "get_num_threads",
     "gradient",
+    "prepare",
     "set_num_threads",
     "sigmoid",
     "state_like",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import float64, int64, types
@@ -201,16 +201,22 @@ def _compiled() -> Any:
     return evaluate
 
 
-def evaluate(
+class Table(NamedTuple):
+    """A table of terms, as the kernel takes it."""
+
+    terms: NDArray[np.float64]
+    class_weights: NDArray[np.float64]
+    columns: NDArray[np.int64]
+    reduction: int
+
+
+def prepare(
     terms: NDArray[np.float64],
     class_weights: NDArray[np.float64],
-    sums: NDArray[np.float64],
     columns: NDArray[np.int64],
     reduction: int,
-    scale: float | NDArray[np.float64],
-    dtype: str = "float64",
-) -> Evaluation:
-    """Evaluate a table of terms.
+) -> Table:
+    """Make a table of terms.
 
     Parameters
     ----------
@@ -218,17 +224,35 @@ def evaluate(
         float64 (T, len(TERM_FIELDS)).
     class_weights
         float64 (T, C); NaN says that the term leaves the class out.
-    sums
-        float64 (N, C, K).
     columns
-        int64 (len(PICKED),): in which column of ``sums`` each of `constants.PICKED` is; -1: absent.
+        int64 (len(PICKED),): in which column of the sums each of `constants.PICKED` is; -1: absent.
     reduction
         Index into `constants.REDUCTIONS`.
+    """
+    return Table(terms, class_weights, columns, reduction)
+
+
+def evaluate(
+    table: Table,
+    sums: NDArray[np.float64],
+    scale: float | NDArray[np.float64],
+    dtype: str = "float64",
+    by_term: bool = False,
+) -> Evaluation:
+    """Evaluate a table of terms.
+
+    Parameters
+    ----------
+    table
+        What `prepare` made.
+    sums
+        float64 (N, C, K).
     scale
         A number, or float64 (N, C), multiplied into the coefficients.
-    dtype
-        Not used here: the value is float64, and its caller rounds it.
+    dtype, by_term
+        Not used here: the value is float64, and its caller rounds it; the terms are always there.
     """
+    terms, class_weights, columns, reduction = table
     samples, classes = sums.shape[:2]
     shape = (samples, classes) if reduction == NONE else (1, 1)
     result = Evaluation(

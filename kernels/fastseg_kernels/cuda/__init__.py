@@ -20,6 +20,7 @@ class Backend(Device):
 
     statistics = overlap.statistics
     gradient = overlap.gradient
+    prepare = evaluation.prepare
     evaluate = evaluation.evaluate
     sigmoid = logistic.sigmoid
     count_labels = labels.count_labels

@@ -15,8 +15,7 @@ struct Table {
 };
 
 struct Shape {
-  long long terms, samples, classes, columns, invalid;  // `invalid`: the column of that name
-  long long reduction, single;                          // `single`: the value is written as float
+  long long terms, samples, classes, columns, reduction;
 };
 
 // What a row's coefficients are multiplied by: a number, or numbers of the device.
@@ -185,39 +184,50 @@ __device__ double add_bce(const Work& w, const double* term, const double* weigh
 }
 
 // table: by value, or in `more` if there are more than NUMBERS numbers. sums: (samples, classes,
-// columns). value: one, or (samples, classes) for reduction "none", double or float; by_term: as
-// many doubles for each term; coefficients: (samples, classes, COEFFICIENTS). grid: 1.
+// columns). factor, factors (with type and strides): the gradient's scale. value: one, or (samples,
+// classes) for reduction "none", float if `single`, else double; by_term: as many doubles for each
+// term, or null unless the reduction is "none"; coefficients: (samples, classes, COEFFICIENTS).
+// grid: 1.
 __global__ void __launch_bounds__(THREADS, 1)
 evaluate(const __grid_constant__ Table table, const double* more, const double* sums,
-         const __grid_constant__ Scale scale, const __grid_constant__ Shape shape, void* value,
+         double factor, const char* factors, long long code, long long stride_n,
+         long long stride_c, long long terms, long long samples, long long classes,
+         long long columns, long long invalid_column, long long reduction, bool single, void* value,
          double* by_term, double* coefficients) {
   __shared__ double buffer[WARPS];
+  const Scale scale = {factor, factors, code, stride_n, stride_c};
+  const Shape shape = {terms, samples, classes, columns, reduction};
   const double* numbers = more == nullptr ? table.numbers : more;
-  const long long rows = shape.samples * shape.classes;
-  const long long values = shape.reduction == REDUCTION_NONE ? rows : 1;
+  const long long rows = samples * classes, values = reduction == REDUCTION_NONE ? rows : 1;
   double invalid = 0.0;
   for (long long i = threadIdx.x; i < rows; i += THREADS)
-    invalid += sums[i * shape.columns + shape.invalid];
+    invalid += sums[i * columns + invalid_column];
   invalid = sum_for_all(invalid, buffer);
   const double start = invalid > 0.0 ? __longlong_as_double(0x7ff8000000000000LL) : 0.0;
   for (long long i = threadIdx.x; i < rows * COEFFICIENTS; i += THREADS) coefficients[i] = start;
-  for (long long i = threadIdx.x; i < values * shape.terms; i += THREADS) by_term[i] = start;
+  if (by_term != nullptr)
+    for (long long i = threadIdx.x; i < values * terms; i += THREADS) by_term[i] = start;
   __syncthreads();
   const Work work = {sums, table.columns, scale, shape, coefficients, buffer};
-  for (long long k = 0; k < shape.terms; ++k) {
+  double sum = start;
+  for (long long k = 0; k < terms; ++k) {
     const double* term = numbers + k * TERM_FIELDS;
-    const double* weights = numbers + shape.terms * TERM_FIELDS + k * shape.classes;
+    const double* weights = numbers + terms * TERM_FIELDS + k * classes;
     double* const results = by_term + k * values;
     const double total = term[TERM_KIND] == KIND_BCE ? add_bce(work, term, weights, results)
                                                      : add_region(work, term, weights, results);
-    if (shape.reduction != REDUCTION_NONE && threadIdx.x == 0) results[0] = total + start;
+    sum += term[TERM_WEIGHT] * total;
+    if (reduction != REDUCTION_NONE && by_term != nullptr && threadIdx.x == 0)
+      results[0] = total + start;
     __syncthreads();  // another thread may have the row in the next term
   }
   for (long long i = threadIdx.x; i < values; i += THREADS) {
-    double sum = start;
-    for (long long k = 0; k < shape.terms; ++k)
-      sum += numbers[k * TERM_FIELDS + TERM_WEIGHT] * by_term[k * values + i];
-    if (shape.single) static_cast<float*>(value)[i] = float(sum);
+    if (reduction == REDUCTION_NONE) {
+      sum = start;
+      for (long long k = 0; k < terms; ++k)
+        sum += numbers[k * TERM_FIELDS + TERM_WEIGHT] * by_term[k * values + i];
+    }
+    if (single) static_cast<float*>(value)[i] = float(sum);
     else static_cast<double*>(value)[i] = sum;
   }
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,80 +15,80 @@ from fastseg_kernels.views import View
 
 FILE = "evaluation.cu"
 TABLE = np.dtype([("numbers", np.float64, (TABLE_NUMBERS,)), ("columns", np.int64, (len(PICKED),))])
-SHAPE = np.dtype(
-    [
-        (name, np.int64)
-        for name in ("terms", "samples", "classes", "columns", "invalid", "reduction", "single")
-    ]
-)
-SCALE = np.dtype(
-    [
-        ("number", np.float64),
-        *((name, np.int64) for name in ("address", "code", "stride_n", "stride_c")),
-    ]
-)
 INVALID = BASE_COLUMNS.index("invalid")
+NONE = REDUCTIONS.index("none")
 
 
-def _scale(device: Device, scale: float | NDArray[np.float64] | View) -> tuple[Any, Any]:
-    """Return the record of a factor, and what keeps its memory alive."""
-    record = np.zeros(1, SCALE)
-    record["number"] = 1.0
+class Table(NamedTuple):
+    """A table of terms: an argument of the kernel, or numbers to be uploaded if it is too large."""
+
+    record: NDArray[Any]
+    more: NDArray[np.float64] | None
+    terms: int
+    reduction: int
+
+
+def prepare(
+    device: Device,
+    terms: NDArray[np.float64],
+    class_weights: NDArray[np.float64],
+    columns: NDArray[np.int64],
+    reduction: int,
+) -> Table:
+    """Make a table of terms; as `fastseg_kernels.cpu.evaluation.prepare`."""
+    record: Any = np.zeros(1, TABLE)
+    record["columns"] = columns
+    numbers = np.concatenate([terms.reshape(-1), class_weights.reshape(-1)])
+    if numbers.size > TABLE_NUMBERS:
+        return Table(record, numbers, len(terms), reduction)
+    record["numbers"][0, : numbers.size] = numbers
+    return Table(record, None, len(terms), reduction)
+
+
+def _scale(
+    device: Device, scale: float | NDArray[np.float64] | View
+) -> tuple[tuple[float, ...], Any]:
+    """Return a factor as the kernel takes it, and what keeps its memory alive."""
     if isinstance(scale, float):
-        record["number"] = scale
-        return record, None
+        return (scale, 0, 0, 0, 0), None
     if isinstance(scale, View):
         address, layout = scale.address, scale.layout
         strides = layout.strides if len(layout.shape) == 2 else (0, 0)
-        code, owner = DTYPE_CODES[layout.dtype], scale.owner
-    else:
-        owner = device.upload(scale)
-        address, strides, code = device.memory.address(owner), scale.strides, DTYPE_CODES["float64"]
-    record["address"], record["code"] = address, code
-    record["stride_n"], record["stride_c"] = strides
-    return record, owner
+        return (1.0, address, DTYPE_CODES[layout.dtype], *strides), scale.owner
+    owner = device.upload(scale)
+    return (1.0, device.memory.address(owner), DTYPE_CODES["float64"], *scale.strides), owner
 
 
 def evaluate(
     device: Device,
-    terms: NDArray[np.float64],
-    class_weights: NDArray[np.float64],
+    table: Table,
     sums: Any,
-    columns: NDArray[np.int64],
-    reduction: int,
     scale: float | NDArray[np.float64] | View,
     dtype: str = "float64",
+    by_term: bool = False,
 ) -> Evaluation:
     """Evaluate a table of terms; as `fastseg_kernels.cpu.evaluation.evaluate`, on the device.
 
     All is NaN where the sums have an invalid voxel. Sums of the host are uploaded; a scale may be
-    a view of the device: of one number, or (N, C).
+    a view of the device: of one number, or (N, C). The value has the given dtype.
     """
     if type(sums) is np.ndarray:
         sums = device.upload(sums)
     samples, classes, width = sums.shape
-    rows = (samples, classes) if reduction == REDUCTIONS.index("none") else ()
-    result = Evaluation(
-        device.empty(rows, dtype),
-        device.empty((len(terms), *rows)),
-        device.empty((samples, classes, COEFFICIENTS)),
-    )
-    table: Any = np.zeros(1, TABLE)
-    table["columns"] = columns
-    numbers, more = np.concatenate([terms.reshape(-1), class_weights.reshape(-1)]), None
-    if numbers.size <= TABLE_NUMBERS:
-        table["numbers"][0, : numbers.size] = numbers
-    else:
-        more = device.upload(numbers)
-    shape = np.zeros(1, SHAPE)
-    single = dtype == "float32"
-    shape[0] = (len(terms), samples, classes, width, INVALID, reduction, single)
+    rows = (samples, classes) if table.reduction == NONE else ()
+    address, more = device.memory.address, None
+    if table.more is not None:
+        more = device.upload(table.more)
+    value, terms = device.empty(rows, dtype), None
+    coefficients = device.empty((samples, classes, COEFFICIENTS))
+    if by_term or table.reduction == NONE:
+        terms = device.empty((table.terms, *rows))
     factor, owner = _scale(device, scale)
-    address = device.memory.address
-    pointers = [address(array) for array in result]
     device.launch(
-        FILE, "evaluate", 1, table, 0 if more is None else address(more), address(sums), factor,
-        shape, *pointers,
+        FILE, "evaluate", 1, table.record, 0 if more is None else address(more), address(sums),
+        *factor, table.terms, samples, classes, width, INVALID, table.reduction,
+        dtype == "float32", address(value), 0 if terms is None else address(terms),
+        address(coefficients),
     )  # fmt: skip
     del owner, more  # until the launch is in its place on the stream
-    return result
+    return Evaluation(value, terms, coefficients)

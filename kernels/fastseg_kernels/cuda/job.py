@@ -10,6 +10,7 @@ import numpy as np
 
 from fastseg_kernels.constants import DTYPE_CODES, ITEM_SIZES, MAX_DIMS
 from fastseg_kernels.cuda.modules import GROUP, THREADS
+from fastseg_kernels.cuda.runtime import Device
 from fastseg_kernels.views import Geometry, Layout, merge_layouts
 
 OPERAND = np.dtype(
@@ -92,12 +93,30 @@ def counter(voxels: int) -> str:
     return "unsigned" if voxels < 2**32 else "unsigned long long"
 
 
-def addressed(job: Any, addresses: Iterable[int]) -> Any:
-    """Return a copy of a job with the addresses of its operands."""
-    words = job.view(np.int64).copy()
-    for word, address in zip(ADDRESSES, addresses, strict=False):
-        words[word] = address
-    return words.view(JOB)
+class Jobs:
+    """Copies of a job, one for each call that is being launched: making one takes microseconds.
+
+    A launch copies its arguments, so a job is free once it has returned. Taking and giving are
+    single steps, so that threads may share the copies.
+    """
+
+    def __init__(self, job: Any) -> None:
+        self._job = job
+        self._free: list[tuple[Any, Any]] = []
+
+    def launch(
+        self, device: Device, file: str, name: str, grid: int, addresses: Iterable[int], *more: Any
+    ) -> None:
+        """Launch a kernel with the job, its operands at ``addresses``, as the first argument."""
+        try:
+            words, job = self._free.pop()
+        except IndexError:
+            words = self._job.view(np.int64).copy()
+            job = words.view(JOB)
+        for word, address in zip(ADDRESSES, addresses, strict=False):
+            words[word] = address
+        device.launch(file, name, grid, job, *more)
+        self._free.append((words, job))
 
 
 def is_run(geometry: Geometry, k: int, layout: Layout) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastseg_kernels.cuda.job import OPERANDS, addressed, counter, make_job
+from fastseg_kernels.cuda.job import OPERANDS, Jobs, counter, make_job
 from fastseg_kernels.cuda.runtime import Device
 from fastseg_kernels.problem import Problem
 
@@ -34,8 +34,8 @@ def count_labels(device: Device, problem: Problem, num_classes: int) -> NDArray[
     counts = device.zeros((samples, num_classes, COUNTS), "int64")
     if tasks > 0:
         name = f"count_labels<{counter(voxels)}>"
-        arguments = addressed(job, problem.addresses), device.memory.address(counts)
-        device.launch("labels.cu", name, device.grid(tasks), *arguments)
+        grid, of_classes = device.grid(tasks), device.memory.address(counts)
+        Jobs(job).launch(device, "labels.cu", name, grid, problem.addresses, of_classes)
     numbers = device.memory.to_host(counts).astype(np.float64)
     numbers[:, :, VALID:] = numbers[:, :1, VALID:]  # of the sample, whatever the class
     return numbers

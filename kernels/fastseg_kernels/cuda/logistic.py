@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
-from fastseg_kernels.cuda.job import addressed, counter, is_run, make_job
+from fastseg_kernels.cuda.job import Jobs, counter, is_run, make_job
 from fastseg_kernels.cuda.modules import THREADS, TYPES
 from fastseg_kernels.cuda.runtime import Device
 from fastseg_kernels.problem import compute_type
@@ -30,5 +30,5 @@ def sigmoid(device: Device, x: View, out: View) -> None:
         name = f"sigmoid_in_place<{real}, {TYPES[x.dtype]}>"
         device.launch(FILE, name, grid, x.address, voxels, out.address)
         return
-    job = addressed(job, (x.address, 0, 0, 0, out.address))
-    device.launch(FILE, f"sigmoid_anywhere<{real}, {counter(voxels)}>", grid, job)
+    name = f"sigmoid_anywhere<{real}, {counter(voxels)}>"
+    Jobs(job).launch(device, FILE, name, grid, (x.address, 0, 0, 0, out.address))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastseg_kernels.constants import FLOAT_DTYPES, TARGETS_AS_STORED, columns
-from fastseg_kernels.cuda.job import OPERANDS, addressed, counter, is_run, make_job
+from fastseg_kernels.cuda.job import OPERANDS, Jobs, counter, is_run, make_job
 from fastseg_kernels.cuda.modules import TYPES
 from fastseg_kernels.cuda.runtime import Device
 from fastseg_kernels.problem import Arrangement, Problem
@@ -27,13 +27,13 @@ TARGETS = {
 class _Plan(NamedTuple):
     """What of a call depends on its arrangement alone."""
 
-    job: Any  # all but the addresses
+    jobs: Jobs  # all but the addresses
     variant: str  # C++: element type, targets, activation
     way: str  # "in_place" or "anywhere": the two sets of kernels
     argument: str  # C++: their last template arguments
     tasks: int
     blocks: int
-    names: dict[frozenset[str], str]  # of the statistics' kernels
+    names: dict[Any, str]  # of kernels, by the families of sums; the gradient's by None
 
 
 @lru_cache(maxsize=1024)
@@ -73,12 +73,18 @@ def _plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
     argument = counter(int(record["voxels"]))
     if in_place:
         argument = f"{TYPES[logits.dtype]}, {TARGETS[targets.dtype]}"
-    return _Plan(job, variant, way, argument, int(record["tasks"]), int(record["blocks"]), {})
+    tasks, blocks = int(record["tasks"]), int(record["blocks"])
+    return _Plan(Jobs(job), variant, way, argument, tasks, blocks, {})
 
 
-def _name(plan: _Plan, verb: str, families: frozenset[str] = frozenset()) -> str:
-    names = " | ".join(sorted(family.upper() for family in families)) or "0"
-    return f"{verb}_{plan.way}<Variant<{plan.variant}, {names}>, {plan.argument}>"
+def _name(plan: _Plan, families: frozenset[str] | None) -> str:
+    """Return the name of the kernel that adds up ``families``, or of the gradient's for None."""
+    if families not in plan.names:
+        verb = "gradient" if families is None else "statistics"
+        sums = " | ".join(sorted(family.upper() for family in families or ())) or "0"
+        variant = f"Variant<{plan.variant}, {sums}>"
+        plan.names[families] = f"{verb}_{plan.way}<{variant}, {plan.argument}>"
+    return plan.names[families]
 
 
 def statistics(device: Device, problem: Problem, families: frozenset[str]) -> Any:
@@ -91,13 +97,11 @@ def statistics(device: Device, problem: Problem, families: frozenset[str]) -> An
     width = len(columns(families))
     if plan.tasks == 0:
         return device.zeros((samples, classes, width), "float64")
-    if families not in plan.names:
-        plan.names[families] = _name(plan, "statistics", families)
     sums = device.empty((plan.tasks, width))
     total = device.empty((samples, classes, width))
     of_tasks, of_rows = device.memory.address(sums), device.memory.address(total)
-    job = addressed(plan.job, problem.addresses)
-    device.launch(FILE, plan.names[families], device.grid(plan.tasks), job, of_tasks)
+    name, grid = _name(plan, families), device.grid(plan.tasks)
+    plan.jobs.launch(device, FILE, name, grid, problem.addresses, of_tasks)
     rows = samples * classes
     device.launch(FILE, "add_tasks", rows, of_tasks, plan.blocks, np.int32(width), of_rows)
     return total
@@ -111,6 +115,6 @@ def gradient(device: Device, problem: Problem, coefficients: Any, out: View) -> 
     plan = _plan(problem.arrangement, out.layout)
     if plan.tasks == 0:
         return
-    job = addressed(plan.job, (*problem.addresses, out.address))
     grid, of_rows = device.grid(plan.tasks), device.memory.address(coefficients)
-    device.launch(FILE, _name(plan, "gradient"), grid, job, of_rows)
+    addresses = (*problem.addresses, out.address)
+    plan.jobs.launch(device, FILE, _name(plan, None), grid, addresses, of_rows)
