@@ -112,6 +112,9 @@ class _Optimizer:
 
         Notes
         -----
+        A gradient that was checked at the last step is not looked at again while it has the same
+        memory: one whose strides were changed in place since (``grad.t_()``) goes unnoticed.
+
         After an error nothing has changed. Values are not looked at: a gradient that is not finite
         makes its parameter and state NaN or infinite, and other elements are not touched by it.
         """
@@ -295,8 +298,9 @@ class GradientDescent(_Optimizer):
     Parameters
     ----------
     params : sequence of arrays, or one array
-        Parameters, written in place: NumPy arrays or torch tensors on the CPU, float32 or float64,
-        any shapes, each one run of memory (C order, Fortran order, channels last, ...).
+        Parameters, written in place: NumPy or CuPy arrays or torch tensors, all on one device,
+        float32 or float64, any shapes, each one run of memory (C order, Fortran order, channels
+        last, ...).
     lr : float
         Step size, at least 0. A plain attribute: schedules set it.
     weight_decay : float
@@ -305,8 +309,8 @@ class GradientDescent(_Optimizer):
     Raises
     ------
     TypeError
-        A parameter that is neither a NumPy array nor a tensor, or of another dtype; a
-        hyper-parameter that is not a number.
+        A parameter that is no such array, or of another dtype; a hyper-parameter that is not a
+        number.
     ValueError
         A parameter that is read-only, not one run of memory, or shares memory with another; a
         number outside its range.

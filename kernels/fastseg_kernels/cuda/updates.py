@@ -45,12 +45,16 @@ class _Part:
         self.cut, self.chunk = part, chunk
         self.addresses = {name: np.zeros(len(part.indices), np.int64) for name in TENSOR_FIELDS}
         self.addresses["size"][:] = part.sizes
+        self.copies: dict[str, Any] = {}
         for name, of_state in zip(("first", "second"), states, strict=False):
             self.point(name, of_state)
-        self.copies: dict[str, Any] = {}
 
     def point(self, name: str, addresses: Sequence[int]) -> None:
-        self.addresses[name][:] = [addresses[i] for i in self.cut.indices]
+        """Set the addresses of a field; its copy is kept if they are the same."""
+        row = np.array([addresses[i] for i in self.cut.indices], np.int64)
+        if not np.array_equal(row, self.addresses[name]):
+            self.addresses[name] = row
+            self.copies.pop(name, None)
 
     def on_device(self, device: Device) -> list[int]:
         """Return where the copies lie: of the addresses, field by field, and of the tasks."""
@@ -88,7 +92,6 @@ class Table:
         addresses = [view.address for view in views]
         for part in self._parts:
             part.point(name, addresses)
-            part.copies.pop(name, None)
 
     def _forget_copies(self) -> None:
         for part in self._parts:
