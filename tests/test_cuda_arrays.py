@@ -101,6 +101,21 @@ def test_invalid_targets_are_nan_until_somebody_asks():
     assert np.isfinite(host(excluded))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_the_nan_that_a_gpu_makes_stays_nan(dtype):
+    """All its bits are set, a CPU's are not: arithmetic on bits could make a number of it."""
+    logits, targets = cases.make((1, 2, 5000), dtype)
+    bits = np.array(2 ** (8 * logits.itemsize - 1) - 1, f"u{logits.itemsize}")
+    logits[0, 0, 16] = bits.view(dtype)
+    for step in (1, 2):
+        x, t = (array[..., ::step] for array in on_device(logits, targets))
+        at = (0, 0, 16 // step)
+        value, grad, s = LOSS.evaluate(x, t, track=("hard",))
+        assert np.isnan(host(value)) and np.isnan(host(grad)[at])
+        assert np.isfinite(host(grad)[0, 1]).all() and s["undefined"].tolist() == [[1, 0]]
+        assert np.isnan(host(fs.sigmoid(x))[at])
+
+
 def test_a_gradient_may_overwrite_its_logits():
     logits, targets = cases.make(SHAPE)
     expected = LOSS.value_and_grad(logits, targets)[1]

@@ -90,7 +90,7 @@ KERNELS = [
         12,
         60,
     ),
-    Kernel("sigmoid, float32", "logistic.cu", "sigmoid_in_place<float, float>", 4, 1, 8, 34),
+    Kernel("sigmoid, float32", "logistic.cu", "sigmoid_in_place<float, float>", 4, 1, 8, 36),
     Kernel("gradient descent, float32", "updates.cu", "update<Descent, float>", 4, 2, 12, 16),
     Kernel("momentum, float32", "updates.cu", "update<Momentum, float>", 4, 3, 20, 22),
     Kernel("Adam, float32", "updates.cu", "update<Adam, float>", 4, 4, 28, 48),

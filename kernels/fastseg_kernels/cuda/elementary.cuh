@@ -1,6 +1,6 @@
 // exp, reciprocal and logarithms for float and double.
 //
-// There are two exps. `exp_negative` is the polynomial of ../cpu/elementary.py (tools/fit_exp.py), 11
+// There are two exps. `exp_negative` is the polynomial of ../cpu/elementary.py (tools/fit_exp.py), 12
 // instructions, every one of them rounded correctly. `quick_exp_negative`, 5 instructions, is the
 // hardware's with its argument split. It errs 2 units in the last place by itself: too much for the
 // 4 that the gradient of float is promised, by itself and through the sums, and nothing to a number
@@ -55,12 +55,12 @@ __device__ __forceinline__ float smaller_or_nan(float a, float b) {
 // exp(-a) for a >= 0; 0 where the result would be subnormal (from 87.34 on), NaN for NaN. Maximum
 // error: 0.89 ulp up to 87, as on the CPU: every operation is rounded correctly on both.
 //
-// exp(-a) = 2^n exp(r). n is rounded by adding 1.5 * 2^23, which leaves it in the low bits. Shifted
-// into place they are added to the exponent of exp(r); no sum is below 0, and where it is 0 the
-// number is subnormal and flushed by whoever reads it.
+// exp(-a) = 2^n exp(r). n is rounded by adding 1.5 * 2^23, which leaves n + 127 in the low bits:
+// shifted into place they are 2^n, and 0 where that is no longer a normal number. (Added to the
+// exponent of exp(r), by one instruction less, they would make a number of a GPU's NaN.)
 __device__ __forceinline__ float exp_negative(float a) {
   constexpr float LOG2_E = 1.44269502f, LN_2 = 0.693147182f, LN_2_REST = -1.90465421e-9f;
-  constexpr float ROUNDER = 12582912.0f;
+  constexpr float ROUNDER = 12582912.0f + 127.0f;
   a = smaller_or_nan(a, 88.0f);
   const float shifted = fmaf(a, -LOG2_E, ROUNDER);
   const float n = shifted - ROUNDER;
@@ -71,11 +71,7 @@ __device__ __forceinline__ float exp_negative(float a) {
   p = fmaf(p, r, 0.16666521f);
   p = fmaf(p, r, 0.49999994f);
   p = fmaf(fmaf(p, r, 1.0f), r, 1.0f);
-  p = __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
-#ifdef HOSTCUDA
-  p = hostcuda::off_by(0, p);
-#endif
-  return p;
+  return p * __uint_as_float(__float_as_uint(shifted) << 23);
 }
 
 // As above, with an error of at most 3.3 ulp up to a = 16 and 5 up to 87 (2 are ex2's; the rest is
