@@ -181,7 +181,9 @@ def test_mixed_precision_with_a_scaler(torch):
 
 
 def test_numba_device_arrays():
-    cuda = pytest.importorskip("numba_cuda.numba.cuda", reason="needs numba-cuda")
+    cuda = pytest.importorskip("numba.cuda")
+    if not cuda.is_available():
+        pytest.skip("Numba does not find CUDA")
     logits, targets = cases.make(SHAPE)
     check(
         LOSS.value_and_grad(cuda.to_device(logits), cuda.to_device(targets)),
