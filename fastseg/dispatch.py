@@ -9,6 +9,7 @@ imported on the first call that needs it: ``import fastseg`` imports neither Num
 from __future__ import annotations
 
 from functools import cache
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -86,6 +87,9 @@ class Backend(Protocol):
     def counter(self, value: int) -> Any:
         """Return an int64 array of one number, which `UpdateTable.update` counts up."""
 
+    def is_recording(self) -> bool:
+        """Tell whether what is launched now is recorded into a graph, to be repeated."""
+
     def to_host(self, array: Any) -> NDArray[Any]:
         """Return an array of the backend's as a NumPy array."""
 
@@ -118,6 +122,10 @@ def cpu() -> CPU:
     return backend
 
 
+_making = Lock()
+_made: dict[tuple[str, str], Backend] = {}
+
+
 @cache
 def _on_device(library: str, device: str) -> Backend:
     if device == "cpu":
@@ -126,7 +134,11 @@ def _on_device(library: str, device: str) -> Backend:
 
     kind, _, index = device.partition(":")
     assert kind == "cuda", device  # libraries refuse arrays of other devices
-    return backend(library, int(index))
+    with _making:  # threads may come here at once, and there is one backend for each device
+        key = library, device
+        if key not in _made:
+            _made[key] = backend(library, int(index))
+        return _made[key]
 
 
 def backend_of(library: Library, array: Any) -> Backend:

@@ -229,7 +229,7 @@ class CuPy:
     def empty_like(self, array: Any) -> Any:
         """Allocate in the same memory order, on the array's device."""
         with array.device:
-            return self._cupy.empty_like(array, order="K", subok=False)
+            return self._cupy.empty_like(array, order="K")
 
     def array(self, values: Any, dtype: str, like: Any) -> Any:
         """Convert."""

@@ -218,7 +218,7 @@ class Loss:
         if rows is not None and chosen.step != 1:
             raise ValueError(f"rows must be a slice of step 1, got {rows}")
         grad = library.empty_like(logits) if out is None else out
-        view = check_out(grad, library, problem, self.options.layout)
+        view = check_out(grad, logits, library, problem, self.options.layout)
         backend = backend_of(library, logits)
         result = self._evaluate(backend, s._sums_for(backend), s.names, grad_scale)
         coefficients = result.coefficients[chosen.start : chosen.stop]
@@ -300,7 +300,9 @@ class Loss:
         """Run the three verbs on one problem; return the value, the gradient and the sums."""
         library, problem = self._problem(logits, targets, mask, weight_map)
         grad = library.empty_like(logits) if out is None else out
-        view = check_out(grad, library, problem, self.options.layout)  # before anything is computed
+        view = check_out(
+            grad, logits, library, problem, self.options.layout
+        )  # before anything is computed
         families, backend = self.families(track), backend_of(library, logits)
         sums = self._sums(backend, problem, families)
         dtype = problem.arrangement.real

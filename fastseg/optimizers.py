@@ -70,6 +70,7 @@ class _Optimizer:
         self._watched = watched_tensors(self.params)
         self._places = places_of(self._watched)
         self._backend = backend_of(self._libraries[0], self.params[0])
+        self._device = self._libraries[0].device(self.params[0])
         self._states = {  # of each array, its elements in the memory order of the parameter
             name: [self._backend.state_like(view, k) for view in self._views]
             for k, name in enumerate(self._state_names)
@@ -124,6 +125,11 @@ class _Optimizer:
         scale, zero_grads = self._number("grad_scale", grad_scale), bool(zero_grads)
         grads = as_list(grads)
         table = self._point_table(grads, zero_grads)
+        if values.get("form") == "pytorch" and self._steps == 0 and self._backend.is_recording():
+            raise RuntimeError(
+                "a graph would repeat the first step, which has no momentum; take it before "
+                "recording"
+            )
         step = self._steps + 1 if self._counter is None else self._counter
         table.update(self._rule(values, self._steps + 1), step, values["lr"], scale, zero_grads)
         self._steps += 1
@@ -270,6 +276,12 @@ class _Optimizer:
             return self._table
         self._last = None
         views, memory = check_params(self.params) if moved else (self._views, self._memory)
+        now = self._libraries[0].device(self.params[0])
+        if now != self._device:
+            raise ValueError(
+                f"params were on {self._device} and are on {now} now, where the states are not; "
+                "make a new optimiser"
+            )
         for i, (view, old) in enumerate(zip(views, self._views, strict=True)):
             if moved and (_layout(view), view.dtype) != (_layout(old), old.dtype):
                 raise ValueError(
@@ -277,7 +289,7 @@ class _Optimizer:
                     f"{old.strides} and has now {view.dtype}, {view.shape} and {view.strides}; "
                     "make a new optimiser"
                 )
-        grad_views = check_grads(grads, views, memory, self._libraries, zero_grads)
+        grad_views = check_grads(grads, views, memory, self._libraries, self._device, zero_grads)
         if self._table is None:
             self._table = self._backend.update_table(views, list(self._states.values()))
         self._views, self._memory, self._places = views, memory, places

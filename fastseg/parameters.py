@@ -188,6 +188,7 @@ def check_grads(
     params: list[View],
     memory: Memory,
     libraries: list[Library],
+    device: str,
     zero_grads: bool,
 ) -> list[View]:
     """Return a view of every gradient; raise where one does not fit its parameter."""
@@ -199,6 +200,10 @@ def check_grads(
     ):
         for i, (view, param) in enumerate(zip(views, params, strict=True)):
             _check_fits(i, view, param, library_of(grads[i], "grads"), libraries[i])
+    for i, grad in enumerate(grads):
+        where = library_of(grad, "grads").device(grad)
+        if where != device:
+            raise TypeError(f"grads[{i}] must be on the device of params, {device}, got {where}")
     if zero_grads:
         consequence = "would be zeroed before it is read twice; pass copies"
         _check_apart(_memory_of(views), "grads", consequence)

@@ -202,10 +202,13 @@ class _Place(NamedTuple):
     operands: tuple[tuple[int, int, int], ...]  # (number, and the bytes that it spans) of each
 
 
-def check_out(out: Any, library: Library, problem: Problem, layout: str) -> View:
+def check_out(out: Any, logits: Any, library: Library, problem: Problem, layout: str) -> View:
     """Check the array that a gradient is written to; return it as (N, C, *spatial)."""
     other = library_of(out, "out")
     check_together(library, "logits", other, "out")
+    where, its = library.device(logits, "logits"), other.device(out, "out")
+    if where != its:  # a kernel of one device would write to another's address
+        raise TypeError(f"logits and out must be on one device, got {where} and {its}")
     view = other.view(out, "out", writable=True)
     address = view.address
     place = _place(problem.arrangement, view.layout, layout)

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 
 class OnDevice(NamedTuple):
-    """Sums in the memory of a backend."""
+    """Sums in the memory of a backend; ``replayed``: a graph rewrites them with each replay."""
 
     sums: Any
     backend: Backend
+    replayed: bool = False
 
 
 class Statistics:
@@ -100,7 +101,7 @@ class Statistics:
             _put_on_device(self, None)
         else:
             _put_host(self, None)
-            _put_on_device(self, OnDevice(sums, backend))
+            _put_on_device(self, OnDevice(sums, backend, backend.is_recording()))
         _put_names(self, names)
         _put_samples(self, samples)
         return self
@@ -113,7 +114,8 @@ class Statistics:
             assert self._on_device is not None
             array = self._on_device.backend.to_host(self._on_device.sums)
             array.flags.writeable = False
-            _put_host(self, array)
+            if not self._on_device.replayed:
+                _put_host(self, array)
         return array
 
     @property

@@ -141,6 +141,9 @@ class MirrorBackend:
     def state_like(self, param: View, k: int) -> Any:
         return np.zeros(int(np.prod(param.shape)), param.dtype)
 
+    def is_recording(self) -> bool:
+        return False
+
     def to_host(self, array: Any) -> Any:
         return array
 

@@ -16,3 +16,4 @@ def forget_libraries() -> None:
         installation.cupy_module,
     ):
         cached.cache_clear()
+    dispatch._made.clear()

@@ -6,9 +6,12 @@ what stands around them, who allocates, what waits, and where answers are.
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import re
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -399,6 +402,35 @@ def test_a_recorded_call_owns_its_memory():
     assert len(backend._of_graphs) == 4  # sums of tasks and of rows; value, coefficients
 
 
+def test_statistics_of_a_recorded_call_are_those_of_the_last_replay():
+    x, t = on_device(*cases.make(SHAPE))
+    LOSS.statistics(x, t)
+    cupy.current = cupy.Stream(64)
+    cupy.current.capturing = True
+    s = LOSS.statistics(x, t)
+    cupy.current.capturing = False
+    before = s["count"].copy()
+    s._on_device.sums[...] *= 2  # as a replay rewrites them
+    assert (s["count"] == 2 * before).all()
+
+
+def test_threads_that_come_first_together_share_a_backend(monkeypatch):
+    forget_libraries()
+    import fastseg_kernels.cuda as cuda
+
+    made, real = [], cuda.backend
+
+    def slow(library: str, index: int) -> Any:
+        time.sleep(0.05)
+        made.append(real(library, index))
+        return made[-1]
+
+    monkeypatch.setattr(cuda, "backend", slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(dispatch._on_device, "cupy", "cuda:0") for _ in range(4)]
+        assert len({id(future.result()) for future in found}) == len(made) == 1
+
+
 def test_parameters_of_two_places_are_refused():
     host_array, there = np.zeros(3, np.float32), cupy.asarray(np.zeros(3, np.float32))
     with pytest.raises(TypeError, match=r"params\[0\] on cpu and params\[1\] on cuda:0"):
@@ -411,6 +443,25 @@ def test_parameters_of_two_places_are_refused():
     opt = fs.Adam([host_array])
     with pytest.raises(TypeError, match="lr must be a number, or on the device"):
         opt.step([host_array + 1], lr=cupy.asarray(0.1))
+
+
+def test_the_first_step_of_pytorchs_momentum_is_not_recorded():
+    params, grads = on_device(np.zeros(9, np.float32), np.ones(9, np.float32))
+    opt = fs.Momentum(params, lr=0.1, form="pytorch")
+    cupy.current = cupy.Stream(2)  # the default stream of a thread may be recorded too
+    cupy.current.capturing = True
+    with pytest.raises(RuntimeError, match="a graph would repeat the first step"):
+        opt.step(grads)
+    assert opt.step_count == 0 and not host(params).any()
+
+
+def test_terms_of_invalid_targets_are_nan_by_row_too():
+    logits, targets = cases.make((1, 2, 50))
+    targets[0, 1, 3] = 7
+    loss = LOSS.replace(reduction="none")
+    value, _, s = loss.evaluate(*on_device(logits, targets))
+    assert np.isnan(host(value)).all()
+    assert all(np.isnan(host(term)).all() for term in loss.term_values(s))
 
 
 # PyTorch
@@ -479,6 +530,34 @@ def test_optimisers_of_tensors(tensors_on_a_device):
     torch.testing.assert_close(theta.detach(), torch.full((5,), -0.5))
     assert theta._version > version
     assert isinstance(opt.state_dict()["exp_avg"][0], np.ndarray)
+
+
+def test_another_device_is_refused_before_anything_is_launched(tensors_on_a_device, monkeypatch):
+    x, t = torch.zeros(1, 1, 5), torch.ones(1, 1, 5, dtype=torch.uint8)
+    far = torch.zeros(1, 1, 5)
+    monkeypatch.setattr(
+        libraries.Torch, "device", lambda self, a, name="": "cpu" if a is far else "cuda:0"
+    )
+    for call in (
+        lambda: LOSS.value_and_grad(x, t, out=far),
+        lambda: LOSS.gradient(x, t, LOSS.statistics(x, t), out=far),
+    ):
+        with pytest.raises(TypeError, match="logits and out must be on one device, got cuda:0 and"):
+            call()
+    opt = fs.Adam([x])
+    with pytest.raises(
+        TypeError, match=r"grads\[0\] must be on the device of params, cuda:0, got cpu"
+    ):
+        opt.step([far])
+
+
+def test_params_that_moved_to_another_device_are_refused(tensors_on_a_device, monkeypatch):
+    theta = torch.zeros(5)
+    opt = fs.Adam([theta])
+    theta.data = torch.zeros(5)  # as module.cuda() does
+    monkeypatch.setattr(libraries.Torch, "device", lambda self, a, name="": "cuda:1")
+    with pytest.raises(ValueError, match="params were on cuda:0 and are on cuda:1 now"):
+        opt.step([torch.ones(5)])
 
 
 def test_tensors_of_other_devices_are_refused():
@@ -620,6 +699,8 @@ def test_the_real_cupy_without_a_gpu(monkeypatch):
     with pytest.raises(installation.InstallationError, match="the NVIDIA driver is missing"):
         CuPyDriver(0)
     runtime = real.cuda.runtime
+    source = inspect.getsource(real.empty_like)
+    assert "subok" in source and "raise TypeError" in source  # which the stand-in does as well
     names = ("eventRecord", "streamWaitEvent", "pointerGetAttributes", "getDevice")
     assert all(hasattr(runtime, name) for name in names)
     assert hasattr(real.cuda.Stream, "is_capturing") and hasattr(real.RawModule, "get_function")

@@ -34,11 +34,11 @@ class ndarray(np.ndarray):  # noqa: N801
         data, typestr = (self.ctypes.data, False), self.dtype.str
         return {"shape": self.shape, "strides": self.strides, "data": data, "typestr": typestr}
 
-    def get(self) -> np.ndarray:
+    def get(self, stream: Any = None) -> np.ndarray:
         events.append(("get", self.shape))
         return np.array(self.view(np.ndarray))
 
-    def set(self, values: np.ndarray) -> None:
+    def set(self, values: np.ndarray, stream: Any = None) -> None:
         self[...] = values
 
     def __array_finalize__(self, other: Any) -> None:
@@ -58,6 +58,8 @@ def empty(shape: Any, dtype: Any = float) -> ndarray:
 
 
 def empty_like(array: ndarray, order: str = "K", subok: bool | None = None) -> ndarray:
+    if subok is not None:  # as CuPy 14.2 has it
+        raise TypeError("subok is not supported yet")
     return np.empty_like(array.view(np.ndarray), order=order).view(ndarray)
 
 

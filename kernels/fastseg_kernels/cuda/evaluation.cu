@@ -128,7 +128,7 @@ __device__ double add_region(const Work& w, const double* term, const double* we
     if (!r.kept || weights[c] != weights[c]) continue;
     kept += 1.0;
     total += weights[c] * r.value;
-    if (w.shape.reduction == REDUCTION_NONE) values[g] = weights[c] * r.value;
+    if (w.shape.reduction == REDUCTION_NONE) values[g] += weights[c] * r.value;
   }
   total = sum_for_all(total, w.buffer);
   kept = sum_for_all(kept, w.buffer);
@@ -176,7 +176,7 @@ __device__ double add_bce(const Work& w, const double* term, const double* weigh
     if (pos_weight != 0.0) value += pos_weight * row[SUM_BCE_POS_SUM];
     double factor = weights[c] * share;
     total += factor * value;
-    if (w.shape.reduction == REDUCTION_NONE) values[g] = factor * value;
+    if (w.shape.reduction == REDUCTION_NONE) values[g] += factor * value;
     factor *= term[TERM_WEIGHT] * w.scale.of(n, c);
     w.add(n, c, 2, factor * pos_weight, factor);
   }

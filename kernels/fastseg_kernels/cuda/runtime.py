@@ -88,6 +88,10 @@ class Device:
             self.launch("memory.cu", "clear", grid, self.memory.address(array), size)
         return array
 
+    def is_recording(self) -> bool:
+        """Tell whether the current stream is recorded into a graph."""
+        return self.memory.is_capturing()
+
     def counter(self, value: int) -> Any:
         """Return an int64 array of one number."""
         return self.upload(np.array([value], np.int64))
@@ -190,11 +194,11 @@ class CuPyMemory:
 
     def to_host(self, array: Any) -> NDArray[Any]:
         """Copy on the current stream and wait for it."""
-        return np.asarray(array.get())
+        return np.asarray(array.get(stream=self._current()))
 
     def from_host(self, array: Any, values: NDArray[Any]) -> None:
         """Copy on the current stream."""
-        array.set(values)
+        array.set(values, stream=self._current())
 
     def _current(self) -> Any:
         return self._cupy.cuda.get_current_stream(self.index)
@@ -206,7 +210,7 @@ class CuPyMemory:
     def is_capturing(self) -> bool:
         """Ask the stream; the default stream cannot be recorded."""
         current = self._current()
-        return bool(current.ptr not in (0, 1, 2) and current.is_capturing())
+        return bool(current.ptr not in (0, 1) and current.is_capturing())
 
 
 class TorchMemory:
@@ -249,4 +253,5 @@ class TorchMemory:
 
     def is_capturing(self) -> bool:
         """Ask PyTorch."""
-        return bool(self._torch.cuda.is_current_stream_capturing())
+        with self._torch.cuda.device(self._device):
+            return bool(self._torch.cuda.is_current_stream_capturing())
