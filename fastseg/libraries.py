@@ -270,9 +270,10 @@ class CUDAArray:
         """Describe an array, and order the current stream after the array's."""
         interface = self._interface(array, name)
         dtype, (address, read_only) = np.dtype(interface["typestr"]), interface["data"]
-        if dtype.name not in DTYPE_CODES:
+        if dtype.name not in DTYPE_CODES or not dtype.isnative:
             raise TypeError(
-                f"{name} must have one of the dtypes {', '.join(DTYPE_CODES)}, got {dtype}"
+                f"{name} must have one of the dtypes {', '.join(DTYPE_CODES)} in native byte "
+                f"order, got {dtype}"
             )
         if writable and read_only:
             raise ValueError(f"{name} must be writable, got a read-only array")

@@ -14,7 +14,7 @@ from fastseg.dispatch import Backend, backend_of, cpu
 from fastseg.libraries import Library, device_number, library_of
 from fastseg.options import DEFAULTS, Options
 from fastseg.problems import check_out, make_problem, raise_for_invalid
-from fastseg.statistics import OnDevice, Statistics, picks, require
+from fastseg.statistics import OnDevice, Statistics, check_valid, picks, require
 from fastseg_kernels.constants import BASE_COLUMNS, FAMILY_COLUMNS, REDUCTIONS, columns
 from fastseg_kernels.problem import Evaluation, Problem
 from fastseg_kernels.views import View
@@ -351,6 +351,8 @@ class Loss:
         by_term: bool = False,
     ) -> Evaluation:
         samples, classes = sums.shape[:2]
+        if backend is cpu() and "invalid" in names:
+            check_valid(sums, names)  # those of a GPU were not checked when they were made
         prepared = self.__dict__.setdefault("_prepared", {})
         table = prepared.get((names, classes, backend))
         if table is None:
@@ -384,7 +386,7 @@ class Loss:
         if scale.dtype.kind not in "fiu":
             raise TypeError(f"grad_scale must be a number or an array of them, got {grad_scale!r}")
         check(scale.shape)
-        return float(scale) if scale.ndim == 0 else np.ascontiguousarray(scale, np.float64)
+        return float(scale) if scale.ndim == 0 else np.array(scale, np.float64, order="C")
 
     def _table(self, classes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         from fastseg.terms import table_of

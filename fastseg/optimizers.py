@@ -27,6 +27,7 @@ from fastseg.parameters import (
     checked_number,
     in_shape,
     is_same,
+    may_move,
     places_of,
     watched_tensors,
 )
@@ -144,6 +145,12 @@ class _Optimizer:
             self._steps if self._counter is None else int(self._backend.to_host(self._counter)[0])
         )
 
+    @step_count.setter
+    def step_count(self, count: int) -> None:
+        self._steps = count
+        if self._counter is not None:
+            self._backend.from_host(self._counter, np.array([count], np.int64))
+
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of everything that the next step depends on, parameters excepted.
 
@@ -222,9 +229,7 @@ class _Optimizer:
                 self._backend.from_host(array, flat)
         for name, value in values.items():
             setattr(self, name, value)
-        self._steps = int(step)
-        if self._counter is not None:
-            self._backend.from_host(self._counter, np.array([step], np.int64))
+        self.step_count = int(step)
 
     def __repr__(self) -> str:
         size = sum(prod(view.shape) for view in self._views)
@@ -271,7 +276,7 @@ class _Optimizer:
     def _point_table(self, grads: list[Any], zero_grads: bool) -> UpdateTable:
         """Return the table, pointed at the parameters and at ``grads`` after checking both."""
         places = places_of(self._watched)
-        moved = places != self._places
+        moved = places != self._places or may_move(self._libraries)
         if self._table is not None and not moved and is_same(self._last, grads, zero_grads):
             return self._table
         self._last = None

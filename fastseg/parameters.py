@@ -46,9 +46,15 @@ def is_same(last: Gradients | None, grads: list[Any], zero_grads: bool) -> bool:
 def watched_tensors(arrays: Any) -> list[Any]:
     """Return the tensors: ``tensor.data = other`` exchanges the memory under the same object.
 
-    Other arrays cannot be moved while they are referenced, as they are here.
+    NumPy's and CuPy's arrays cannot be moved while they are referenced, as they are here; of others
+    with ``__cuda_array_interface__`` nothing is known, see `may_move`.
     """
-    return [array for array in arrays if hasattr(array, "data_ptr")]
+    return [array for array in arrays if library_of(array, "array").name == "torch"]
+
+
+def may_move(libraries: list[Library]) -> bool:
+    """Tell whether arrays must be looked at again at each step: they may lie elsewhere by then."""
+    return any(library.name == "__cuda_array_interface__" for library in libraries)
 
 
 def places_of(watched: list[Any]) -> list[int]:

@@ -209,19 +209,15 @@ class Statistics:
 
     def check(self) -> None:
         """Raise a ValueError if any target (or probability) was outside the allowed values."""
-        invalid = int(self["invalid"].sum())
-        if invalid:
-            raise ValueError(
-                f"{invalid} of {int(self['count'].sum())} voxels have a target (or probability) "
-                "outside the allowed values"
-            )
+        check_valid(self.array, self.names)
 
     def counts(self) -> dict[str, NDArray[np.int64]]:
         """Return the hard counts tp, fp, fn and tn, each int64 (N, C).
 
         Needs ``track=("hard",)``. A prediction that is NaN counts as background here; the column
-        ``undefined`` says how many there are, and the scores below are NaN.
+        ``undefined`` says how many there are, and the scores below are NaN. Raises as `check` does.
         """
+        self.check()
         hits, over, under = (
             self[f"hard_{n}"] for n in ("true_positives", "false_positives", "false_negatives")
         )
@@ -288,6 +284,17 @@ def _absent(name: str, names: Sequence[str]) -> Exception:
     return ValueError(
         f"these statistics do not hold {name}: ask for track=({family!r},) when they are made"
     )
+
+
+def check_valid(sums: NDArray[np.float64], names: Sequence[str]) -> None:
+    """Raise a ValueError if any voxel of sums on the host was invalid."""
+    column = sums[:, :, names.index("invalid")]
+    if np.count_nonzero(column):
+        count = int(sums[:, :, names.index("count")].sum())
+        raise ValueError(
+            f"{int(column.sum())} of {count} voxels have a target (or probability, or weight) "
+            "outside the allowed values"
+        )
 
 
 def require(names: Sequence[str], families: Iterable[str]) -> None:

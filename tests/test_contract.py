@@ -282,3 +282,12 @@ def test_losses_compare_pickle_and_print(loss):
 def test_ml_dtypes_bfloat16_keeps_its_dtype():
     logits, targets = make((1, 1, 100), ml_dtypes.bfloat16)
     assert BCE_JACCARD.value_and_grad(logits, targets)[1].dtype == ml_dtypes.bfloat16
+
+
+def test_a_read_only_scale_of_rows():
+    logits, targets = make((1, 2, 9))
+    scale = np.ones((1, 2))
+    scale.flags.writeable = False
+    loss = BCE_JACCARD.replace(reduction="none")
+    _, grad = loss.value_and_grad(logits, targets, grad_scale=scale)
+    np.testing.assert_array_equal(grad, loss.value_and_grad(logits, targets)[1])

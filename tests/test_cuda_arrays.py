@@ -455,6 +455,33 @@ def test_the_first_step_of_pytorchs_momentum_is_not_recorded():
     assert opt.step_count == 0 and not host(params).any()
 
 
+def test_invalid_targets_are_errors_once_the_sums_are_on_the_host():
+    logits, targets = cases.make(SHAPE)
+    targets[1, 2, 3, 4, 5] = 7
+    s = LOSS.statistics(*on_device(logits, targets), track=("hard",), samples=("a", "b"))
+    other = LOSS.statistics(*on_device(*cases.make(SHAPE)), track=("hard",), samples=("a", "b"))
+    for lost in (s + other, s.over_batch(), pickle.loads(pickle.dumps(s))):
+        for call in (LOSS.value, LOSS.term_values):
+            with pytest.raises(ValueError, match=r"1 of \d+ voxels have a target"):
+                call(lost)
+    with pytest.raises(ValueError, match="1 of 6006 voxels have a target"):
+        LOSS.gradient(logits, targets, s)
+    with pytest.raises(ValueError, match="1 of 6006 voxels have a target"):
+        s.jaccard_index()
+
+
+def test_an_object_whose_memory_moved_is_looked_at_again():
+    theta, grad = Foreign(np.zeros(4, np.float32)), Foreign(np.ones(4, np.float32))
+    opt = fs.GradientDescent([theta], lr=1.0)
+    opt.step([grad])
+    first = theta.array.copy()
+    theta.__init__(np.zeros(4, np.float32))
+    opt.step([grad])
+    assert (first == -1.0).all() and (theta.array == -1.0).all()
+    with pytest.raises(TypeError, match="native byte order"):
+        fs.sigmoid(Foreign(np.zeros(4, ">f4")))
+
+
 def test_terms_of_invalid_targets_are_nan_by_row_too():
     logits, targets = cases.make((1, 2, 50))
     targets[0, 1, 3] = 7
