@@ -90,8 +90,11 @@ class Backend(Protocol):
     def is_recording(self) -> bool:
         """Tell whether what is launched now is recorded into a graph, to be repeated."""
 
-    def to_host(self, array: Any) -> NDArray[Any]:
-        """Return an array of the backend's as a NumPy array."""
+    def current_stream(self) -> Any:
+        """Return the stream that what is launched now is launched on, as `to_host` takes it."""
+
+    def to_host(self, array: Any, stream: Any = None) -> NDArray[Any]:
+        """Return an array of the backend's as a NumPy array, once ``stream`` has written it."""
 
     def from_host(self, array: Any, values: NDArray[Any]) -> None:
         """Write values to an array of the backend's."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastseg.dispatch import backend_of
-from fastseg.libraries import common_library, library_of
+from fastseg.libraries import common_library
 from fastseg.problems import check_distinct, check_out_dtype, share_memory
 from fastseg_kernels.constants import FLOAT_DTYPES
 
@@ -37,11 +37,11 @@ def sigmoid(x: Any, out: Any = None) -> Any:
     >>> fs.sigmoid(np.array([0.0, 1.0])).round(4).tolist()
     [0.5, 0.7311]
     """
-    result = library_of(x, "x").empty_like(x) if out is None else out
-    library = common_library(x, "x", out=result)
+    library = common_library(x, "x", out=out)
     source = library.view(x, "x")
     if source.dtype not in FLOAT_DTYPES:
         raise TypeError(f"x must be floating point, got {source.dtype}")
+    result = library.empty_like(x) if out is None else out
     target = library.view(result, "out", writable=True)
     if target.shape != source.shape:
         raise ValueError(f"out must have the shape of x, {source.shape}, got {target.shape}")
@@ -51,6 +51,7 @@ def sigmoid(x: Any, out: Any = None) -> Any:
         if share_memory(source.address, source.layout, target.address, target.layout):
             raise ValueError("out must not overlap x in memory (it may be x itself)")
     backend_of(library, x).sigmoid(source, target)
+    library.used((source.owner,))
     if out is not None:
         library.written(out)
     return result

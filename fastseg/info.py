@@ -5,7 +5,6 @@ Everything is looked up so that its absence is an answer and not an error.
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata as metadata
 import platform
 import re
@@ -17,8 +16,6 @@ from typing import Any
 from fastseg_kernels.cuda import installation
 
 DISTRIBUTION = "fastseg-kernels"
-CUDA_MAJORS = (12, 13)
-"""CUDA versions that there is an extra for."""
 
 
 def collect() -> dict[str, Any]:
@@ -141,7 +138,7 @@ def _gpu() -> dict[str, Any]:
 
     CuPy is imported only where both it and a driver are there.
     """
-    driver, cupy = _driver_version(), installation.installed_cupy()
+    driver, cupy = installation.driver_version(), installation.installed_cupy()
     found: dict[str, Any] = {
         "driver_cuda": driver,
         "cupy": None if cupy is None else " ".join(cupy),
@@ -150,10 +147,14 @@ def _gpu() -> dict[str, Any]:
     }
     if driver is None:
         return found
-    major = int(driver.partition(".")[0])
+    if float(driver) < min(installation.CUDA_MAJORS):
+        found["hint"] = (
+            f"the NVIDIA driver supports CUDA {driver} only: update it to one for CUDA "
+            f"{min(installation.CUDA_MAJORS)} or newer"
+        )
+        return found
     if cupy is None:
-        newest = max(m for m in CUDA_MAJORS if m <= max(major, CUDA_MAJORS[0]))
-        found["hint"] = f"for the GPU: {installation.extra(newest)}"
+        found["hint"] = f"for the GPU: {installation.extra()}"
         return found
     try:
         with installation.explained():
@@ -169,21 +170,14 @@ def _gpu() -> dict[str, Any]:
         found["hint"] = str(error).partition("\n")[0]
         return found
     found["nvrtc"] = ".".join(map(str, nvrtc))
+    if nvrtc[0] > float(driver):
+        found["hint"] = (
+            f"CuPy compiles by NVRTC {found['nvrtc']}, and the driver supports CUDA {driver}: pip "
+            "uninstall nvidia-cuda-nvrtc, or update the driver"
+        )
+        return found
     found["hint"] = "arrays of CuPy and CUDA tensors are computed on their GPU"
     return found
-
-
-def _driver_version() -> str | None:
-    """Return the newest CUDA version that the driver supports, as "13.0"."""
-    for name in ("libcuda.so.1", "nvcuda.dll"):
-        try:
-            library = ctypes.CDLL(name)
-        except OSError:
-            continue
-        version = ctypes.c_int()
-        if library.cuDriverGetVersion(ctypes.byref(version)) == 0 and version.value > 0:
-            return f"{version.value // 1000}.{version.value % 1000 // 10}"
-    return None
 
 
 def _conflicts() -> list[str]:

@@ -7,10 +7,11 @@ caller has not imported is never imported here: an array of it could not have be
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from ctypes import addressof, c_char
 from functools import cache
-from typing import Any, Protocol
+from threading import Lock
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -43,6 +44,9 @@ class Library(Protocol):
 
     def written(self, array: Any) -> None:
         """Be told that ``array`` was changed in place."""
+
+    def used(self, arrays: Iterable[Any]) -> None:
+        """Be told that what reads ``arrays`` was launched; those that are None were not given."""
 
 
 _LAYOUTS: dict[tuple[np.dtype[Any], tuple[int, ...], tuple[int, ...]], Layout] = {}
@@ -106,6 +110,9 @@ class NumPy:
 
     def written(self, array: Any) -> None:
         """Do nothing: NumPy keeps no count of writes."""
+
+    def used(self, arrays: Iterable[Any]) -> None:
+        """Do nothing."""
 
 
 class Torch:
@@ -200,6 +207,9 @@ class Torch:
         """Bump the version counter, by which autograd notices that a saved tensor changed."""
         self._torch.autograd.graph.increment_version(array)
 
+    def used(self, arrays: Iterable[Any]) -> None:
+        """Do nothing: tensors are used on PyTorch's current stream."""
+
 
 def _misaligned(name: str, size: int) -> ValueError:
     return ValueError(
@@ -245,12 +255,47 @@ class CuPy:
     def written(self, array: Any) -> None:
         """Do nothing: CuPy keeps no count of writes."""
 
+    def used(self, arrays: Iterable[Any]) -> None:
+        """Do nothing: arrays are used on CuPy's current stream."""
+
+
+class _Interface(NamedTuple):
+    """What an object says of itself by ``__cuda_array_interface__``."""
+
+    dtype: np.dtype[Any]
+    layout: Layout
+    address: int
+    read_only: bool
+    stream: int | None
+    mask: Any
+
+
+def _interface(array: Any, name: str) -> _Interface:
+    try:
+        said = array.__cuda_array_interface__
+        dtype, shape = np.dtype(said["typestr"]), tuple(map(int, said["shape"]))
+        address, read_only = said["data"]
+        strides = said.get("strides") or _c_strides(shape, dtype.itemsize)
+        layout = Layout(shape, tuple(map(int, strides)), dtype.name)
+        stream, mask = said.get("stream"), said.get("mask")
+        return _Interface(dtype, layout, int(address or 0), bool(read_only), stream, mask)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} must have a __cuda_array_interface__ with typestr, shape and data, got "
+            f"{type(array).__qualname__} ({type(error).__name__}: {error})"
+        ) from error
+
+
+LEGACY_STREAM = 1
+"""What the interface calls the default stream, which has the address 0."""
+
 
 class CUDAArray:
     """Anything with ``__cuda_array_interface__``, as Numba's device arrays; answers are CuPy's.
 
-    An array that names a stream may still be written to by it, or be read by it afterwards: calls
-    are ordered after what the stream has been given, and the stream after an output was written.
+    An array that names a stream may still be written to by it, or be used by it afterwards: a call
+    is ordered after what the stream was given before, and the stream after the call. While the
+    call is recorded into a graph it is not: the stream is not part of that.
     """
 
     name, allocator = "__cuda_array_interface__", "cupy"
@@ -260,74 +305,74 @@ class CUDAArray:
 
         self._cupy = cupy_module()
 
-    def _interface(self, array: Any, name: str) -> dict[str, Any]:
-        interface: dict[str, Any] = array.__cuda_array_interface__
-        if interface.get("mask") is not None:
-            raise TypeError(f"{name} has a mask in its __cuda_array_interface__; pass it as mask=")
-        return interface
-
     def view(self, array: Any, name: str, *, writable: bool = False) -> View:
         """Describe an array, and order the current stream after the array's."""
-        interface = self._interface(array, name)
-        dtype, (address, read_only) = np.dtype(interface["typestr"]), interface["data"]
-        if dtype.name not in DTYPE_CODES or not dtype.isnative:
+        said = _interface(array, name)
+        if said.mask is not None:
+            raise TypeError(f"{name} has a mask in its __cuda_array_interface__; pass it as mask=")
+        if said.layout.dtype not in DTYPE_CODES or not said.dtype.isnative:
             raise TypeError(
                 f"{name} must have one of the dtypes {', '.join(DTYPE_CODES)} in native byte "
-                f"order, got {dtype}"
+                f"order, got {said.dtype}"
             )
-        if writable and read_only:
+        if writable and said.read_only:
             raise ValueError(f"{name} must be writable, got a read-only array")
-        shape, strides = tuple(interface["shape"]), interface.get("strides")
-        if strides is None:
-            strides = _c_strides(shape, dtype.itemsize)
-        address = address or 0
-        if any(number % dtype.itemsize for number in (address, *strides)):
-            raise _misaligned(name, dtype.itemsize)
-        if interface.get("stream"):
-            self._order(interface["stream"], self._current(array))
-        return View(address, Layout(shape, tuple(strides), dtype.name), array)
+        size = said.dtype.itemsize
+        if any(number % size for number in (said.address, *said.layout.strides)):
+            raise _misaligned(name, size)
+        self._order(array, said, before=True)
+        return View(said.address, said.layout, array)
 
-    def _current(self, array: Any) -> int:
-        return int(self._cupy.cuda.get_current_stream(self._index(array)).ptr)
-
-    def _order(self, first: int, second: int) -> None:
-        """Let what a stream is given from now on wait for what another was given until now."""
-        if first == second:
+    def _order(self, array: Any, said: _Interface, *, before: bool) -> None:
+        """Let the current stream wait for the array's (``before`` a call), or the other way."""
+        if not said.stream or isinstance(array, self._cupy.ndarray):
+            return  # CuPy's are on the current stream, whatever they say
+        cuda, index = self._cupy.cuda, self._index(said)
+        current = cuda.get_current_stream(index)
+        named = current.ptr or LEGACY_STREAM
+        if named == said.stream or (named != LEGACY_STREAM and current.is_capturing()):
             return
-        event = self._cupy.cuda.Event(disable_timing=True)
-        self._cupy.cuda.runtime.eventRecord(event.ptr, first)
-        self._cupy.cuda.runtime.streamWaitEvent(second, event.ptr)
+        first, second = (said.stream, current.ptr) if before else (current.ptr, said.stream)
+        with cuda.Device(index):  # an event is of the device that is current when it is made
+            event = cuda.Event(disable_timing=True)
+            cuda.runtime.eventRecord(event.ptr, first)
+            cuda.runtime.streamWaitEvent(second, event.ptr)
 
-    def _index(self, array: Any) -> int:
-        address = array.__cuda_array_interface__["data"][0]
-        if not address:  # no elements
+    def _index(self, said: _Interface) -> int:
+        """Ask the driver which device an address is of."""
+        if not said.address:  # no elements
             return int(self._cupy.cuda.runtime.getDevice())
-        return int(self._cupy.cuda.runtime.pointerGetAttributes(address).device)
+        return int(self._cupy.cuda.runtime.pointerGetAttributes(said.address).device)
 
     def empty_like(self, array: Any) -> Any:
         """Allocate a CuPy array in the same memory order, on the array's device."""
-        view = self.view(array, "array")
-        order = sorted(range(len(view.shape)), key=lambda axis: -abs(view.strides[axis]))
-        with self._cupy.cuda.Device(self._index(array)):
-            plain = self._cupy.empty([view.shape[axis] for axis in order], view.dtype)
+        said = _interface(array, "array")
+        shape, strides, dtype = said.layout[:3]
+        order = sorted(range(len(shape)), key=lambda axis: -abs(strides[axis]))
+        with self._cupy.cuda.Device(self._index(said)):
+            plain = self._cupy.empty([shape[axis] for axis in order], dtype)
         return plain.transpose([order.index(axis) for axis in range(len(order))])
 
     def array(self, values: Any, dtype: str, like: Any) -> Any:
         """Return a CuPy array."""
         if isinstance(values, self._cupy.ndarray):
             return values.astype(dtype, copy=False)
-        with self._cupy.cuda.Device(self._index(like)):
+        with self._cupy.cuda.Device(self._index(_interface(like, "array"))):
             return self._cupy.asarray(values, dtype=dtype)
 
     def device(self, array: Any, name: str = "array") -> str:
         """Ask the driver."""
-        return f"cuda:{self._index(array)}"
+        return f"cuda:{self._index(_interface(array, name))}"
 
     def written(self, array: Any) -> None:
         """Order the array's stream after the current one."""
-        stream = array.__cuda_array_interface__.get("stream")
-        if stream:
-            self._order(self._current(array), stream)
+        self._order(array, _interface(array, "array"), before=False)
+
+    def used(self, arrays: Iterable[Any]) -> None:
+        """Order the arrays' streams after the current one."""
+        for array in arrays:
+            if array is not None:
+                self.written(array)
 
 
 def _c_strides(shape: tuple[int, ...], item: int) -> tuple[int, ...]:
@@ -337,7 +382,14 @@ def _c_strides(shape: tuple[int, ...], item: int) -> tuple[int, ...]:
     return tuple(reversed(strides)) if shape else ()
 
 
-_LIBRARIES: dict[str, Callable[[], Library]] = {"numpy": NumPy, "torch": Torch, "cupy": CuPy}
+_LIBRARIES: dict[str, Callable[[], Library]] = {
+    "numpy": NumPy,
+    "torch": Torch,
+    "cupy": CuPy,
+    "__cuda_array_interface__": CUDAArray,
+}
+_CLASSES = {"numpy": "ndarray", "torch": "Tensor", "cupy": "ndarray"}
+"""What the arrays of a library derive from."""
 _ADVICE = {
     "dask": "pass it chunk by chunk: statistics of chunks add up (see Statistics)",
     "zarr": "pass it chunk by chunk: statistics of chunks add up (see Statistics)",
@@ -347,27 +399,37 @@ _ADVICE = {
 }
 
 
-@cache
+_making = Lock()
+_made: dict[str, Library] = {}
+
+
 def _instance(key: str) -> Library:
-    return _LIBRARIES[key]()
+    """Return the only instance: threads may come here at once, and libraries are compared."""
+    with _making:
+        if key not in _made:
+            _made[key] = _LIBRARIES[key]()
+        return _made[key]
 
 
 @cache
 def _library_of_class(cls: type) -> Library | None:
     for base in cls.__mro__:
         key = base.__module__.partition(".")[0]
-        if key == "numpy" and not issubclass(cls, np.ndarray):
-            continue  # numpy scalars and numpy.matrixlib helpers are not arrays
-        if key in _LIBRARIES:
+        if key == "numpy" and hasattr(cls, "__cuda_array_interface__"):
+            continue  # Numba's managed and mapped arrays are NumPy's too
+        if key in _CLASSES and issubclass(cls, _class_of(key)):
             return _instance(key)
         if key in _ADVICE and key != "builtins":
             return None  # JAX's arrays have the interface, but may not be written to
     return _cuda_array() if hasattr(cls, "__cuda_array_interface__") else None
 
 
-@cache
+def _class_of(key: str) -> Any:
+    return getattr(sys.modules.get(key), _CLASSES[key], ())
+
+
 def _cuda_array() -> Library:
-    return CUDAArray()
+    return _instance("__cuda_array_interface__")
 
 
 def library_or_none(array: Any) -> Library | None:
@@ -398,14 +460,17 @@ def device_number(backend: Backend, value: Any, name: str) -> View | None:
     A number on another device is refused: fetching it would wait for that device.
     """
     library = None if isinstance(value, float | int | np.generic) else library_or_none(value)
-    if library is None or library.device(value) == "cpu":
+    if library is None or library.device(value, name) == "cpu":
         return None
     if backend_of(library, value) is not backend:
         raise TypeError(
             f"{name} must be a number, or on the device and of the library of the other arrays, "
             f"got {library.name} on {library.device(value)}"
         )
-    return library.view(value.detach() if library.name == "torch" else value, name)
+    view = library.view(value.detach() if library.name == "torch" else value, name)
+    if view.dtype == "bool":
+        raise TypeError(f"{name} must be a number or an array of them, got booleans")
+    return view
 
 
 def check_together(library: Library, name: str, other: Library, other_name: str) -> None:

@@ -14,7 +14,7 @@ from fastseg.dispatch import Backend, backend_of, cpu
 from fastseg.libraries import Library, device_number, library_of
 from fastseg.options import DEFAULTS, Options
 from fastseg.problems import check_out, make_problem, raise_for_invalid
-from fastseg.statistics import OnDevice, Statistics, check_valid, picks, require
+from fastseg.statistics import Statistics, picks, require
 from fastseg_kernels.constants import BASE_COLUMNS, FAMILY_COLUMNS, REDUCTIONS, columns
 from fastseg_kernels.problem import Evaluation, Problem
 from fastseg_kernels.views import View
@@ -163,13 +163,15 @@ class Loss:
         library, problem = self._problem(logits, targets, mask, weight_map)
         families, backend = self.families(track), backend_of(library, logits)
         sums = self._sums(backend, problem, families)
-        return Statistics._made(sums, columns(families), samples, backend)
+        library.used(problem.owners)
+        return Statistics._made(sums, columns(families), backend, samples)
 
     def value(self, s: Statistics) -> Any:
         """Return the loss of the voxels that ``s`` sums up: float64, (N, C) for reduction "none".
 
-        ``s`` must hold at least the families that the terms need. The answer is NumPy's; for the
-        statistics of arrays on a GPU it is an array of their library, on their device.
+        ``s`` must hold at least the families that the terms need. The answer is NumPy's; for
+        statistics that a GPU made it is an array of their library, on their device. Statistics that
+        were added up, joined or unpickled are on the host, wherever they come from.
         """
         return self._value_of(s, "float64")
 
@@ -223,6 +225,7 @@ class Loss:
         result = self._evaluate(backend, s._sums_for(backend), s.names, grad_scale)
         coefficients = result.coefficients[chosen.start : chosen.stop]
         backend.gradient(problem, coefficients, view)
+        library.used(problem.owners)
         if out is not None:
             library_of(out, "out").written(out)
         return grad
@@ -242,6 +245,7 @@ class Loss:
         sums = self._sums(backend, problem, families)
         dtype = problem.arrangement.real
         value = self._evaluate(backend, sums, columns(families), 1.0, dtype).value
+        library.used(problem.owners)
         return library.array(self._reduced(value), dtype, logits)
 
     def value_and_grad(
@@ -272,12 +276,11 @@ class Loss:
     ) -> tuple[Any, Any, Statistics]:
         """Return the value, its gradient and the statistics; options as the verbs'.
 
-        With ``track=("hard",)`` a training step has its hard Jaccard index for nothing:
-        ``s.jaccard_index()``.
+        With ``track=("hard",)`` a training step has its hard Jaccard index without another pass:
+        ``s.jaccard_index()``, which on a GPU waits for this one.
         """
         value, grad, made = self._run(logits, targets, mask, weight_map, track, out, grad_scale)
-        names = columns(self.families(track))
-        return value, grad, Statistics._made(made.sums, names, samples, made.backend)
+        return value, grad, Statistics._made(*made, samples)
 
     def term_values(self, s: Statistics) -> tuple[Any, ...]:
         """Return the value of each term, before its weight, as `value` does; no voxel is read."""
@@ -296,8 +299,8 @@ class Loss:
         track: Sequence[str],
         out: Any,
         grad_scale: Any,
-    ) -> tuple[Any, Any, OnDevice]:
-        """Run the three verbs on one problem; return the value, the gradient and the sums."""
+    ) -> tuple[Any, Any, tuple[Any, tuple[str, ...], Backend]]:
+        """Run the three verbs on one problem; return value, gradient, and sums with their names."""
         library, problem = self._problem(logits, targets, mask, weight_map)
         grad = library.empty_like(logits) if out is None else out
         view = check_out(
@@ -308,10 +311,11 @@ class Loss:
         dtype = problem.arrangement.real
         result = self._evaluate(backend, sums, columns(families), grad_scale, dtype)
         backend.gradient(problem, result.coefficients, view)
+        library.used(problem.owners)
         if out is not None:
             library_of(out, "out").written(out)
         value = library.array(self._reduced(result.value), dtype, logits)
-        return value, grad, OnDevice(sums, backend)
+        return value, grad, (sums, columns(families), backend)
 
     def _problem(
         self, logits: Any, targets: Any, mask: Any, weight_map: Any
@@ -338,8 +342,8 @@ class Loss:
     @staticmethod
     def _place_of(s: Statistics) -> tuple[Backend, Any]:
         """Return where statistics are, and the sums there."""
-        there = s._on_device
-        return (cpu(), s.array) if there is None else (there.backend, there.sums)
+        backend = cpu() if s._on_device is None else s._on_device.backend
+        return backend, s._sums_for(backend)
 
     def _evaluate(
         self,
@@ -351,8 +355,6 @@ class Loss:
         by_term: bool = False,
     ) -> Evaluation:
         samples, classes = sums.shape[:2]
-        if backend is cpu() and "invalid" in names:
-            check_valid(sums, names)  # those of a GPU were not checked when they were made
         prepared = self.__dict__.setdefault("_prepared", {})
         table = prepared.get((names, classes, backend))
         if table is None:

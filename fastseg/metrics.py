@@ -185,6 +185,7 @@ def _counts(
         library, problem = make_problem(pred, targets, mask, None, options, "probs", level, "pred")
     backend = backend_of(library, pred)
     sums = backend.to_host(backend.statistics(problem, frozenset({"hard"})))
+    library.used(problem.owners)
     at = {name: sums[:, :, k] for k, name in enumerate(_NAMES)}
     if at["invalid"].any():
         count, total = int(at["invalid"].sum()), int(at["count"].sum())
@@ -233,6 +234,7 @@ def _label_counts(
         tuple(view.owner for view in views),
     )
     counts = backend_of(library, pred).count_labels(problem, classes)
+    library.used(problem.owners)
     tp, predicted, true, valid, wrong_pred, wrong_true = np.moveaxis(counts, 2, 0)
     for name, wrong in (("pred", wrong_pred), ("targets", wrong_true)):
         if wrong.any():

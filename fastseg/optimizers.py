@@ -126,21 +126,28 @@ class _Optimizer:
         scale, zero_grads = self._number("grad_scale", grad_scale), bool(zero_grads)
         grads = as_list(grads)
         table = self._point_table(grads, zero_grads)
-        if values.get("form") == "pytorch" and self._steps == 0 and self._backend.is_recording():
+        recording = self._backend.is_recording()
+        if values.get("form") == "pytorch" and self._steps == 0 and recording:
             raise RuntimeError(
                 "a graph would repeat the first step, which has no momentum; take it before "
                 "recording"
             )
         step = self._steps + 1 if self._counter is None else self._counter
         table.update(self._rule(values, self._steps + 1), step, values["lr"], scale, zero_grads)
-        self._steps += 1
+        self._steps += not recording  # a step that is recorded is not taken yet
         for arrays in (self.params, grads) if zero_grads else (self.params,):
             for i, written in self._counting:
                 written(arrays[i])
+        if not zero_grads and may_move(self._libraries):
+            for library, grad in zip(self._libraries, grads, strict=True):
+                library.used((grad,))
 
     @property
     def step_count(self) -> int:
-        """How many steps were taken; with ``capturable``, asking waits for the GPU."""
+        """How many steps were taken; with ``capturable``, asking waits for the GPU.
+
+        Those that a graph repeats are counted with ``capturable`` alone.
+        """
         return (
             self._steps if self._counter is None else int(self._backend.to_host(self._counter)[0])
         )

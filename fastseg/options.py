@@ -35,7 +35,7 @@ class Options:
         takes about three times as long.
     backend
         "auto": the backend of the device that holds the arrays; "cpu" or "cuda": arrays elsewhere
-        are errors. Nothing is ever moved between devices.
+        are errors. No volume is ever moved between devices.
     """
 
     activation: Literal["auto", "sigmoid"] | None = "auto"

@@ -69,7 +69,8 @@ def as_list(arrays: Any) -> list[Any]:
     """Return the arrays as a list; one array is a list of one."""
     if isinstance(arrays, list):
         return arrays
-    return [arrays] if hasattr(arrays, "shape") else list(arrays)
+    is_array = hasattr(arrays, "shape") or hasattr(arrays, "__cuda_array_interface__")
+    return [arrays] if is_array else list(arrays)
 
 
 def checked_number(name: str, value: Any, *, at_least: float = -inf, below: float = inf) -> float:

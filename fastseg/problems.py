@@ -289,6 +289,19 @@ def share_memory(first: int, a: Layout, second: int, b: Layout) -> bool:
 # Invalid targets
 
 
+def invalid_message(count: int, total: int, metric: bool = False) -> str:
+    """Say that voxels are invalid where it cannot be told which and what they hold."""
+    return (
+        "targets must be 0 or 1 (in [0, 1] if they are floats), probabilities in [0, 1] and "
+        f"weights at least 0; {count} of {total} voxels have others" + _use_positive(metric)
+    )
+
+
+def _use_positive(metric: bool) -> str:
+    option = 'positive="nonzero"' if metric else 'loss.replace(positive="nonzero")'
+    return USE_POSITIVE.format(option)
+
+
 USE_POSITIVE = (
     "; label volumes and 0/255 masks: use {} or positive=<label>, and ignore_index= for voxels "
     "that do not count"
@@ -304,10 +317,7 @@ def raise_for_invalid(
     """
     arrangement = problem.arrangement
     if not readable:
-        raise ValueError(
-            f"targets must be 0 or 1, or in [0, 1] if they are floats, as probabilities; {count} "
-            f"of {total} voxels have others"
-        )
+        raise ValueError(invalid_message(count, total, metric))
     logits, targets, mask, weights = (
         None if layout is None else as_numpy(address, layout)
         for address, layout in zip(problem.addresses, arrangement.layouts, strict=True)
@@ -333,10 +343,9 @@ def raise_for_invalid(
             allowed = seen == seen
         wrong = seen[kept & ~allowed]
         if wrong.size:
-            option = 'positive="nonzero"' if metric else 'loss.replace(positive="nonzero")'
             raise ValueError(
                 f"targets must be {'in [0, 1]' if soft else '0 or 1'}, got {wrong[0]} {voxels}"
-                + USE_POSITIVE.format(option)
+                + _use_positive(metric)
             )
         if arrangement.activation == "probs":
             probs = _readable(logits[index], arrangement.logits.dtype)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastseg.problems import invalid_message
 from fastseg.scores import dice_from_counts, jaccard_from_counts, reduce_scores
 from fastseg_kernels.constants import BASE_COLUMNS, FAMILY_COLUMNS, PICKED
 
@@ -18,11 +19,14 @@ if TYPE_CHECKING:
 
 
 class OnDevice(NamedTuple):
-    """Sums in the memory of a backend; ``replayed``: a graph rewrites them with each replay."""
+    """Sums in the memory of a backend, and the stream that writes them.
+
+    None: they were recorded into a graph, and each replay, on whatever stream, writes them anew.
+    """
 
     sums: Any
     backend: Backend
-    replayed: bool = False
+    stream: Any
 
 
 class Statistics:
@@ -78,32 +82,25 @@ class Statistics:
         if not known.issuperset(names):
             raise ValueError(f"names must be among {sorted(known)}, got {list(names)}")
         array.flags.writeable = False
-        named = (samples,) if isinstance(samples, str) else samples
-        if named is not None and len(named) != array.shape[0]:
-            raise ValueError(
-                f"samples must name each of the {array.shape[0]} samples, got {len(named)} names"
-            )
         _put_host(self, array)
         _put_on_device(self, None)
         _put_names(self, tuple(names))
-        _put_samples(self, None if named is None else tuple(map(str, named)))
+        _put_samples(self, _sample_names(samples, array.shape[0]))
 
     @classmethod
-    def _made(cls, sums: Any, names: tuple[str, ...], samples: Any, backend: Backend) -> Statistics:
+    def _made(cls, sums: Any, names: tuple[str, ...], backend: Backend, samples: Any) -> Statistics:
         """Wrap what a backend has just made: no copy, and no checks but of the samples' names."""
-        if samples is not None:
-            checked = cls(np.zeros(sums.shape), names, samples)
-            names, samples = checked.names, checked.samples
         self = object.__new__(cls)
         if type(sums) is np.ndarray:
             sums.flags.writeable = False
             _put_host(self, sums)
             _put_on_device(self, None)
         else:
+            stream = None if backend.is_recording() else backend.current_stream()
             _put_host(self, None)
-            _put_on_device(self, OnDevice(sums, backend, backend.is_recording()))
+            _put_on_device(self, OnDevice(sums, backend, stream))
         _put_names(self, names)
-        _put_samples(self, samples)
+        _put_samples(self, _sample_names(samples, sums.shape[0]))
         return self
 
     @property
@@ -112,9 +109,10 @@ class Statistics:
         array = self._host
         if array is None:
             assert self._on_device is not None
-            array = self._on_device.backend.to_host(self._on_device.sums)
+            sums, backend, stream = self._on_device
+            array = backend.to_host(sums, stream)
             array.flags.writeable = False
-            if not self._on_device.replayed:
+            if stream is not None:
                 _put_host(self, array)
         return array
 
@@ -126,9 +124,16 @@ class Statistics:
         return int(samples), int(classes)
 
     def _sums_for(self, backend: Backend) -> Any:
-        """Return the sums where a backend can use them as they are, else on the host."""
+        """Return the sums where a backend can use them as they are, else on the host.
+
+        There it is checked what a GPU's backend checks itself, by NaN.
+        """
         there = self._on_device
-        return there.sums if there is not None and there.backend is backend else self.array
+        if there is not None and there.backend is backend:
+            return there.sums
+        if "invalid" in self.names:
+            self.check()
+        return self.array
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"Statistics are immutable; cannot set {name}")
@@ -208,8 +213,10 @@ class Statistics:
     # Checking and scores
 
     def check(self) -> None:
-        """Raise a ValueError if any target (or probability) was outside the allowed values."""
-        check_valid(self.array, self.names)
+        """Raise a ValueError if any target, probability or weight was not an allowed one."""
+        invalid = self["invalid"]
+        if np.count_nonzero(invalid):
+            raise ValueError(invalid_message(int(invalid.sum()), int(self["count"].sum())))
 
     def counts(self) -> dict[str, NDArray[np.int64]]:
         """Return the hard counts tp, fp, fn and tn, each int64 (N, C).
@@ -286,15 +293,14 @@ def _absent(name: str, names: Sequence[str]) -> Exception:
     )
 
 
-def check_valid(sums: NDArray[np.float64], names: Sequence[str]) -> None:
-    """Raise a ValueError if any voxel of sums on the host was invalid."""
-    column = sums[:, :, names.index("invalid")]
-    if np.count_nonzero(column):
-        count = int(sums[:, :, names.index("count")].sum())
-        raise ValueError(
-            f"{int(column.sum())} of {count} voxels have a target (or probability, or weight) "
-            "outside the allowed values"
-        )
+def _sample_names(samples: str | Sequence[str] | None, count: int) -> tuple[str, ...] | None:
+    """Return the names of ``count`` samples, checked."""
+    if samples is None:
+        return None
+    named = (samples,) if isinstance(samples, str) else samples
+    if len(named) != count:
+        raise ValueError(f"samples must name each of the {count} samples, got {len(named)} names")
+    return tuple(map(str, named))
 
 
 def require(names: Sequence[str], families: Iterable[str]) -> None:

@@ -91,8 +91,8 @@ class Loss(torch.nn.Module):
     Attributes
     ----------
     last_statistics
-        `fastseg.Statistics` of the last forward pass: ``.jaccard_index()`` with
-        ``track=("hard",)`` costs nothing more.
+        `fastseg.Statistics` of the last forward pass: with ``track=("hard",)`` its
+        ``.jaccard_index()`` reads no voxel again. On a GPU, asking waits for that pass.
     """
 
     last_statistics: Statistics | None

@@ -10,10 +10,9 @@ def forget_libraries() -> None:
     """Forget which libraries and backends were found."""
     for cached in (
         dispatch._on_device,
-        libraries._instance,
         libraries._library_of_class,
-        libraries._cuda_array,
         installation.cupy_module,
     ):
         cached.cache_clear()
     dispatch._made.clear()
+    libraries._made.clear()

@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
 
@@ -96,7 +97,7 @@ def test_invalid_targets_are_nan_until_somebody_asks():
     value, grad, s = LOSS.evaluate(x, t)
     assert np.isnan(host(value)) and np.isnan(host(grad)).all()
     assert all(np.isnan(host(term)) for term in LOSS.term_values(s))
-    with pytest.raises(ValueError, match="1 of 6006 voxels have a target"):
+    with pytest.raises(ValueError, match="1 of 6006 voxels have others"):
         s.check()
     with pytest.raises(ValueError, match="1 of 6006 voxels have others"):
         fs.jaccard_index(x, t)
@@ -229,6 +230,10 @@ def test_nothing_is_moved_in_silence():
         LOSS(logits, t)
     with pytest.raises(TypeError, match=r"grad_scale must be a number.*got cupy on cuda:0"):
         LOSS.value_and_grad(logits, targets, grad_scale=cupy.asarray(1.0))
+    with pytest.raises(TypeError, match=r"grad_scale must be a number.*got booleans"):
+        LOSS.value_and_grad(x, t, grad_scale=cupy.asarray(True))
+    with pytest.raises(TypeError, match="x must be floating point, got uint8"):
+        fs.sigmoid(t)
 
 
 def test_an_address_that_a_gpu_cannot_read_is_refused():
@@ -284,7 +289,49 @@ def test_streams_of_other_libraries_are_waited_for_by_streams():
     x, t, out = Foreign(logits, 7), Foreign(targets, 0), Foreign(np.empty_like(logits), 8)
     LOSS.value_and_grad(x, t, out=out)
     into = [("record", 7), ("wait", 0), ("record", 8), ("wait", 0)]
-    assert cupy.events == [*into, ("record", 0), ("wait", 8)]
+    assert cupy.events == [*into, ("record", 0), ("wait", 7), ("record", 0), ("wait", 8)]
+    cupy.events.clear()
+    s = LOSS.statistics(x, t)
+    assert cupy.events == [("record", 7), ("wait", 0), ("record", 0), ("wait", 7)]
+    for call in (lambda: LOSS.gradient(x, t, s), lambda: LOSS(x, t), lambda: fs.sigmoid(x)):
+        cupy.events.clear()
+        call()
+        assert ("wait", 7) in cupy.events
+    cupy.events.clear()
+    LOSS(cupy.asarray(logits), t)  # CuPy's are on the current stream, whatever they export
+    LOSS(Foreign(logits, 1), t)  # which is the default stream here
+    assert cupy.events == []
+
+
+def test_streams_of_other_libraries_and_optimisers():
+    theta, grad = Foreign(np.zeros(4, np.float32), 7), Foreign(np.ones(4, np.float32), 8)
+    opt = fs.GradientDescent([theta], lr=1.0)
+    for _ in range(2):
+        cupy.events.clear()
+        opt.step(grad)  # an object without a shape is one array, too
+        before = [("record", 7), ("wait", 0), ("record", 8), ("wait", 0)]
+        after = [("record", 0), ("wait", 7), ("record", 0), ("wait", 8)]
+        assert cupy.events == [*before, *after]
+
+
+def test_other_streams_are_no_part_of_a_graph():
+    logits, targets = cases.make((1, 1, 9))
+    x, t = Foreign(logits, 7), Foreign(targets, 7)
+    cupy.current = cupy.Stream(64)
+    LOSS(x, t)
+    cupy.current.capturing = True
+    cupy.events.clear()
+    LOSS(x, t)
+    assert cupy.events == []
+
+
+def test_statistics_are_fetched_on_the_stream_that_made_them():
+    x, t = on_device(*cases.make(SHAPE))
+    cupy.current = cupy.Stream(64)
+    s = LOSS.statistics(x, t)
+    cupy.current = cupy.Stream(128)
+    s.check()
+    assert cupy.events == [("get", (2, 3, 8), 64)]
 
 
 def test_interfaces_that_cannot_be_served():
@@ -296,6 +343,31 @@ def test_interfaces_that_cannot_be_served():
         LOSS.value_and_grad(x, t, out=Foreign(logits.copy(), data=(logits.ctypes.data, True)))
     with pytest.raises(TypeError, match=r"logits must have one of the dtypes .* got complex64"):
         LOSS(Foreign(logits.astype(np.complex64)), t)
+    for more in ({"typestr": "nothing"}, {"shape": None}, {"data": 7}, {"strides": "ab"}):
+        with pytest.raises(TypeError, match="logits must have a __cuda_array_interface__ with"):
+            LOSS(Foreign(logits, **more), t)
+
+
+class Managed(np.ndarray):
+    """As Numba's managed arrays: NumPy's, and of the device."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        data = (self.ctypes.data, False)
+        return {"shape": self.shape, "typestr": self.dtype.str, "data": data, "version": 3}
+
+
+def test_managed_arrays_are_of_the_device():
+    logits, targets = (array.view(Managed) for array in cases.make((1, 2, 9)))
+    assert fs.backend_name(logits) == "cuda"
+    close(LOSS(logits, targets), LOSS(*map(np.asarray, (logits, targets))))
+
+
+def test_what_only_lives_beside_arrays_is_none():
+    pair = torch.max(torch.zeros(2, 3), dim=1)  # a tuple of a class of torch.return_types
+    for other in (pair, torch.nn.Identity(), cupy.cuda.Stream(3), np.float32(1)):
+        with pytest.raises(TypeError, match="x must be an array of NumPy, CuPy or PyTorch"):
+            fs.sigmoid(other)
 
 
 # Optimisers
@@ -352,7 +424,7 @@ def test_a_step_on_another_stream_or_in_a_graph_has_copies_of_its_own():
     cupy.current.capturing = True
     opt.step(grads)
     assert part.copies == {}  # those of the graph are the graph's
-    kept = opt._backend._of_graphs
+    kept = opt._backend.memory.of_graphs
     assert len(kept) >= len(first)
     cupy.current.capturing = False
     opt.step(grads)
@@ -389,17 +461,23 @@ def test_adam_counts_on_the_device_where_a_graph_repeats_its_steps():
     assert again.step_count == 5
 
 
-def test_a_recorded_call_owns_its_memory():
+def test_a_recorded_call_owns_its_memory(monkeypatch):
     logits, targets = cases.make(SHAPE)
     x, t = on_device(logits, targets)
     LOSS.value_and_grad(x, t)
-    backend = dispatch._on_device("cupy", "cuda:0")
-    assert backend._of_graphs == []
+    kept = dispatch._on_device("cupy", "cuda:0").memory.of_graphs
+    assert kept == []
     cupy.current = cupy.Stream(64)
     cupy.current.capturing = True
+    allocators = []
+    real = cupy.empty
+    monkeypatch.setattr(
+        cupy, "empty", lambda *a: allocators.append(cupy.allocators[-1:]) or real(*a)
+    )
     LOSS.value_and_grad(x, t, out=x)
-    assert sum(array.nbytes for array in backend._of_graphs) < 2**20
-    assert len(backend._of_graphs) == 4  # sums of tasks and of rows; value, coefficients
+    assert all(used[0].__func__ is cupy.MemoryPool.malloc for used in allocators)
+    assert sum(array.nbytes for array in kept) < 2**20
+    assert len(kept) == 4  # sums of tasks and of rows; value, coefficients
 
 
 def test_statistics_of_a_recorded_call_are_those_of_the_last_replay():
@@ -429,6 +507,26 @@ def test_threads_that_come_first_together_share_a_backend(monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         found = [pool.submit(dispatch._on_device, "cupy", "cuda:0") for _ in range(4)]
         assert len({id(future.result()) for future in found}) == len(made) == 1
+
+
+def test_no_step_is_counted_for_which_there_is_no_memory(monkeypatch):
+    params, grads = on_device(np.zeros(9, np.float32), np.ones(9, np.float32))
+    opt = fs.Adam(params, capturable=True)
+    monkeypatch.setattr(Backend, "upload", lambda self, values: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        opt.step(grads)
+    monkeypatch.undo()
+    assert opt.step_count == 0 and not host(params).any()
+
+
+def test_a_step_that_is_recorded_is_not_taken_yet():
+    params, grads = on_device(np.zeros(9, np.float32), np.ones(9, np.float32))
+    opt = fs.GradientDescent(params, lr=0.1)
+    cupy.current = cupy.Stream(64)
+    opt.step(grads)
+    cupy.current.capturing = True
+    opt.step(grads)
+    assert opt.step_count == 1
 
 
 def test_parameters_of_two_places_are_refused():
@@ -462,11 +560,11 @@ def test_invalid_targets_are_errors_once_the_sums_are_on_the_host():
     other = LOSS.statistics(*on_device(*cases.make(SHAPE)), track=("hard",), samples=("a", "b"))
     for lost in (s + other, s.over_batch(), pickle.loads(pickle.dumps(s))):
         for call in (LOSS.value, LOSS.term_values):
-            with pytest.raises(ValueError, match=r"1 of \d+ voxels have a target"):
+            with pytest.raises(ValueError, match=r"1 of \d+ voxels have others"):
                 call(lost)
-    with pytest.raises(ValueError, match="1 of 6006 voxels have a target"):
+    with pytest.raises(ValueError, match="1 of 6006 voxels have others"):
         LOSS.gradient(logits, targets, s)
-    with pytest.raises(ValueError, match="1 of 6006 voxels have a target"):
+    with pytest.raises(ValueError, match="1 of 6006 voxels have others"):
         s.jaccard_index()
 
 
@@ -627,7 +725,7 @@ def test_no_cupy(monkeypatch):
     with pytest.raises(installation.InstallationError, match="CuPy, which launches") as caught:
         libraries.CUDAArray()
     assert "\n" not in str(caught.value)
-    assert "pip install 'fastseg-kernels[cuda12] or [cuda13]'" in str(caught.value)
+    assert "pip install 'fastseg-kernels[cuda12]'" in str(caught.value)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(installation.InstallationError, match=r"fastseg-kernels\[cuda13\]"):
         installation.cupy_module()
@@ -685,6 +783,7 @@ def test_no_memory_left_keeps_its_class(monkeypatch):
     ("driver", "cupy_found", "hint"),
     [
         (None, None, "computes on the CPU: no NVIDIA driver was found"),
+        ("11.8", None, "the NVIDIA driver supports CUDA 11.8 only: update it to one for CUDA 12"),
         ("12.4", None, r"for the GPU: pip install 'fastseg-kernels\[cuda12\]'"),
         ("13.1", None, r"for the GPU: pip install 'fastseg-kernels\[cuda13\]'"),
         ("14.0", None, r"for the GPU: pip install 'fastseg-kernels\[cuda13\]'"),
@@ -695,7 +794,7 @@ def test_info_says_what_to_do(monkeypatch, driver, cupy_found, hint):
     def fail() -> int:
         raise CUDARuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient")
 
-    monkeypatch.setattr(info, "_driver_version", lambda: driver)
+    monkeypatch.setattr(installation, "driver_version", lambda: driver)
     monkeypatch.setattr(installation, "installed_cupy", lambda: cupy_found)
     monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", fail, raising=False)
     found = info.collect()["gpu"]
@@ -704,7 +803,7 @@ def test_info_says_what_to_do(monkeypatch, driver, cupy_found, hint):
 
 def test_info_names_the_devices(monkeypatch):
     properties = {"name": b"NVIDIA H200", "major": 9, "minor": 0}
-    monkeypatch.setattr(info, "_driver_version", lambda: "13.0")
+    monkeypatch.setattr(installation, "driver_version", lambda: "13.0")
     monkeypatch.setattr(installation, "installed_cupy", lambda: ("cupy-cuda13x", "14.2.0"))
     runtime = cupy.cuda.runtime
     monkeypatch.setattr(runtime, "getDeviceCount", lambda: 1, raising=False)
@@ -714,6 +813,8 @@ def test_info_names_the_devices(monkeypatch):
     found = info.collect()["gpu"]
     assert found["devices"] == ["NVIDIA H200, compute capability 9.0"]
     assert found["hint"] == "arrays of CuPy and CUDA tensors are computed on their GPU"
+    monkeypatch.setattr(installation, "driver_version", lambda: "12.8")
+    assert "by NVRTC 13.0, and the driver supports CUDA 12.8" in info.collect()["gpu"]["hint"]
 
 
 def test_the_real_cupy_without_a_gpu(monkeypatch):
@@ -730,7 +831,20 @@ def test_the_real_cupy_without_a_gpu(monkeypatch):
     assert "subok" in source and "raise TypeError" in source  # which the stand-in does as well
     names = ("eventRecord", "streamWaitEvent", "pointerGetAttributes", "getDevice")
     assert all(hasattr(runtime, name) for name in names)
-    assert hasattr(real.cuda.Stream, "is_capturing") and hasattr(real.RawModule, "get_function")
+    for path in (  # what the stand-in takes, CuPy takes
+        "ndarray.get", "ndarray.set", "empty", "empty_like", "asarray", "RawModule",
+        "RawModule.get_function", "get_default_memory_pool", "cuda.Device", "cuda.Event",
+        "cuda.Stream.is_capturing", "cuda.using_allocator", "cuda.get_current_stream",
+    ):  # fmt: skip
+        theirs, ours = attrgetter(path)(real), attrgetter(path)(cupy)
+        if not callable(ours):
+            continue
+        taken = set(inspect.signature(ours).parameters) - {"self", "index", "array", "values"}
+        try:
+            known = set(inspect.signature(theirs).parameters)
+        except ValueError:  # of Cython, with the signature in its first line
+            known = set(re.findall(r"(\w+)(?= *[=,)])", theirs.__doc__.partition("\n")[0]))
+        assert taken <= known, (path, taken, known)
 
 
 def test_other_errors_pass():

@@ -20,6 +20,7 @@ import pytest
 import cases
 import fastseg as fs
 import fastseg.functional
+import fastseg.info
 import fastseg.losses
 import fastseg.metrics
 import fastseg.optimizers
@@ -133,6 +134,12 @@ def test_cupy(cupy, dtype):
     assert s.jaccard_index() == fs.jaccard_index(logits, targets)
 
 
+def test_the_installation_is_whole():
+    """Where not, the sentence says what to do, and explains what else fails here."""
+    hint = fastseg.info.collect()["gpu"]["hint"]
+    assert hint == "arrays of CuPy and CUDA tensors are computed on their GPU"
+
+
 def test_invalid_targets_are_nan(cupy):
     logits, targets = cases.make(SHAPE)
     targets[1, 2, 3, 4, 5] = 7
@@ -227,6 +234,27 @@ def test_a_call_is_ordered_by_its_stream(cupy):
             got = value.copy(), grad.copy()
             stream.synchronize()
         check(got, expected)
+
+
+def test_statistics_are_fetched_on_the_stream_that_made_them(cupy, torch):
+    """While that stream is still busy, and another one, which does not wait for it, is current."""
+    logits, targets = cases.make((1, 1, 64, 64, 64))
+    expected = LOSS.statistics(logits, targets).array
+    for streams, arrays, module in (
+        ([cupy.cuda.Stream(non_blocking=True) for _ in range(2)], cupy.asarray, cupy),
+        ([torch.cuda.Stream() for _ in range(2)], lambda a: torch.tensor(a).cuda(), torch),
+    ):
+        use = (lambda s: s) if module is cupy else torch.cuda.stream
+        x, t = arrays(logits), arrays(targets)
+        busy = arrays(np.zeros((4096, 4096), np.float32))
+        LOSS.statistics(x, t).check()
+        cupy.cuda.runtime.deviceSynchronize()
+        with use(streams[0]):
+            for _ in range(20):
+                busy @ busy
+            s = LOSS.statistics(x, t)
+        with use(streams[1]):
+            np.testing.assert_allclose(s.array, expected, rtol=1e-6)
 
 
 def test_threads_with_streams_of_their_own(cupy):

@@ -1,11 +1,13 @@
 """A stand-in for CuPy, as far as fastseg uses it: NumPy's memory, kernels run on the CPU.
 
-`events` lists what would make the host wait, or order one stream after another: ("get", shape) for
-a copy to the host, ("record", stream) and ("wait", stream) for events.
+`events` lists what would make the host wait, or order one stream after another: ("get", shape,
+stream) for a copy to the host, ("record", stream) and ("wait", stream) for events.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
@@ -32,10 +34,16 @@ class ndarray(np.ndarray):  # noqa: N801
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         data, typestr = (self.ctypes.data, False), self.dtype.str
-        return {"shape": self.shape, "strides": self.strides, "data": data, "typestr": typestr}
+        return {
+            "shape": self.shape,
+            "strides": self.strides,
+            "data": data,
+            "typestr": typestr,
+            "stream": current.ptr or 1,  # as CuPy names the default stream
+        }
 
     def get(self, stream: Any = None) -> np.ndarray:
-        events.append(("get", self.shape))
+        events.append(("get", self.shape, (stream or current).ptr))
         return np.array(self.view(np.ndarray))
 
     def set(self, values: np.ndarray, stream: Any = None) -> None:
@@ -77,6 +85,28 @@ class Stream:
         return self.capturing
 
 
+allocators: list[Any] = []
+"""Those in use, the last one now; none: the default pool's."""
+
+
+@contextmanager
+def using_allocator(allocator: Any = None) -> Iterator[None]:
+    allocators.append(allocator)
+    yield
+    allocators.pop()
+
+
+class MemoryPool:
+    """The default pool."""
+
+    def malloc(self, size: int) -> Any:
+        """Be named as an allocator: arrays here are NumPy's."""
+
+
+def get_default_memory_pool() -> MemoryPool:
+    return MemoryPool()
+
+
 class Device:
     """The only device."""
 
@@ -103,7 +133,9 @@ current = Stream(0)
 cuda = SimpleNamespace(
     Device=Device,
     Event=Event,
+    Stream=Stream,
     get_current_stream=lambda index=0: current,
+    using_allocator=using_allocator,
     runtime=SimpleNamespace(
         getDevice=lambda: 0,
         pointerGetAttributes=lambda address: SimpleNamespace(device=0),

@@ -30,8 +30,6 @@ class HostDriver:
 class HostMemory:
     """Stands for `fastseg_kernels.cuda.runtime.CuPyMemory`."""
 
-    graphs_own_memory = True
-
     def empty(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         """Return memory with all bits set."""
         array = np.empty(shape, dtype)
@@ -42,7 +40,10 @@ class HostMemory:
         """Return where it lies."""
         return array.ctypes.data
 
-    def to_host(self, array: np.ndarray) -> np.ndarray:
+    def current_stream(self) -> None:
+        """Return the only stream."""
+
+    def to_host(self, array: np.ndarray, stream: None = None) -> np.ndarray:
         """Return a copy."""
         return array.copy()
 

@@ -7,7 +7,14 @@ from fastseg_kernels.cpu.compiled import cache_directory, compile_target
 from fastseg_kernels.cpu.evaluation import evaluate, prepare
 from fastseg_kernels.cpu.labels import count_labels
 from fastseg_kernels.cpu.logistic import sigmoid
-from fastseg_kernels.cpu.memory import counter, from_host, is_recording, state_like, to_host
+from fastseg_kernels.cpu.memory import (
+    counter,
+    current_stream,
+    from_host,
+    is_recording,
+    state_like,
+    to_host,
+)
 from fastseg_kernels.cpu.passes import gradient, statistics
 from fastseg_kernels.cpu.threads import describe, get_num_threads, set_num_threads
 from fastseg_kernels.cpu.updates import Table as update_table
@@ -17,6 +24,7 @@ __all__ = [
     "compile_target",
     "count_labels",
     "counter",
+    "current_stream",
     "describe",
     "evaluate",
     "from_host",

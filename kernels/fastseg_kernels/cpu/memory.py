@@ -41,7 +41,11 @@ def is_recording() -> bool:
     return False
 
 
-def to_host(array: NDArray[Any]) -> NDArray[Any]:
+def current_stream() -> None:
+    """Return None: a call has done its work when it returns."""
+
+
+def to_host(array: NDArray[Any], stream: None = None) -> NDArray[Any]:
     """Return the array: it is on the host."""
     return array
 

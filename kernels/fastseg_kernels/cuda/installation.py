@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata as metadata
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, NoReturn
 
+CUDA_MAJORS = (12, 13)
+"""CUDA versions that there is an extra for."""
 CUPY_DISTRIBUTIONS = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
 
 
@@ -32,10 +35,29 @@ def installed_cupy() -> tuple[str, str] | None:
     return None
 
 
+def driver_version() -> str | None:
+    """Return the newest CUDA version that the driver supports, as "13.0"; None: no driver."""
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            library = ctypes.CDLL(name)
+        except OSError:
+            continue
+        version = ctypes.c_int()
+        if library.cuDriverGetVersion(ctypes.byref(version)) == 0 and version.value > 0:
+            return f"{version.value // 1000}.{version.value % 1000 // 10}"
+    return None
+
+
 def extra(major: int | None = None) -> str:
-    """Return the command that installs CuPy with the CUDA libraries that it needs."""
-    several = "cuda12] or [cuda13" if major is None else f"cuda{major}"
-    return f"pip install 'fastseg-kernels[{several}]'"
+    """Return the command that installs CuPy with the CUDA libraries that it needs.
+
+    ``major`` is the CUDA version that is wanted; by default the newest that the driver supports,
+    and the oldest where that is not known.
+    """
+    if major is None:
+        newest = float(driver_version() or 0.0)
+        major = max((m for m in CUDA_MAJORS if m <= newest), default=CUDA_MAJORS[0])
+    return f"pip install 'fastseg-kernels[cuda{major}]'"
 
 
 @cache

@@ -44,20 +44,20 @@ class Memory(Protocol):
     def address(self, array: Any) -> int:
         """Return where an array lies."""
 
-    def to_host(self, array: Any) -> NDArray[Any]:
-        """Copy an array to the host, and wait for it."""
+    def to_host(self, array: Any, stream: Any = None) -> NDArray[Any]:
+        """Copy an array to the host on a stream, the current one for None, and wait for it."""
 
     def from_host(self, array: Any, values: NDArray[Any]) -> None:
         """Write values of the host to an array of the same shape and dtype."""
+
+    def current_stream(self) -> Any:
+        """Return the current stream as `to_host` takes it; it stays valid while it is held."""
 
     def stream(self) -> int:
         """Return the current stream, as its address."""
 
     def is_capturing(self) -> bool:
         """Tell whether the current stream is recorded into a graph."""
-
-    graphs_own_memory: bool
-    """What is allocated while a graph is recorded belongs to the graph."""
 
 
 class Device:
@@ -66,18 +66,10 @@ class Device:
     def __init__(self, driver: Driver, memory: Memory) -> None:
         self.driver, self.memory = driver, memory
         self._kernels: dict[tuple[str, str], Any] = {}
-        self._of_graphs: list[Any] = []
 
     def empty(self, shape: tuple[int, ...], dtype: str = "float64") -> Any:
-        """Return a new C-contiguous array.
-
-        One made while a graph is recorded is kept for good: the graph goes on using it, and its
-        pool would give the memory to others.
-        """
-        array = self.memory.empty(shape, dtype)
-        if not self.memory.graphs_own_memory and self.memory.is_capturing():
-            self._of_graphs.append(array)
-        return array
+        """Return a new C-contiguous array."""
+        return self.memory.empty(shape, dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
         """Return a new C-contiguous array of zeros."""
@@ -96,9 +88,13 @@ class Device:
         """Return an int64 array of one number."""
         return self.upload(np.array([value], np.int64))
 
-    def to_host(self, array: Any) -> NDArray[Any]:
-        """Copy an array of the device to the host, and wait for it."""
-        return self.memory.to_host(array)
+    def current_stream(self) -> Any:
+        """Return the current stream as `to_host` takes it."""
+        return self.memory.current_stream()
+
+    def to_host(self, array: Any, stream: Any = None) -> NDArray[Any]:
+        """Copy an array of the device to the host on a stream, and wait for it."""
+        return self.memory.to_host(array, stream)
 
     def from_host(self, array: Any, values: NDArray[Any]) -> None:
         """Write values to an array of the device."""
@@ -173,17 +169,26 @@ class CuPyDriver:
 class CuPyMemory:
     """Memory of CuPy's current allocator, by default a pool."""
 
-    graphs_own_memory = False
-
     def __init__(self, index: int) -> None:
         self.index, self._cupy = index, cupy_module()
+        self.of_graphs: list[Any] = []
+        """What graphs that were recorded go on using, for good: CuPy's pool knows of no graphs."""
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """Allocate on this device, on its current stream."""
+        """Allocate on this device, on its current stream; for a graph, from CuPy's default pool.
+
+        Other allocators may be recorded themselves, and then a graph can be launched only once.
+        """
+        cuda = self._cupy.cuda
         try:
-            if self._cupy.cuda.runtime.getDevice() == self.index:
+            if self.is_capturing():
+                pool = self._cupy.get_default_memory_pool()
+                with cuda.Device(self.index), cuda.using_allocator(pool.malloc):
+                    self.of_graphs.append(self._cupy.empty(shape, dtype))
+                return self.of_graphs[-1]
+            if cuda.runtime.getDevice() == self.index:
                 return self._cupy.empty(shape, dtype)
-            with self._cupy.cuda.Device(self.index):
+            with cuda.Device(self.index):
                 return self._cupy.empty(shape, dtype)
         except Exception as error:
             raise_explained(error)
@@ -192,31 +197,30 @@ class CuPyMemory:
         """Return the device pointer."""
         return int(array.data.ptr)
 
-    def to_host(self, array: Any) -> NDArray[Any]:
-        """Copy on the current stream and wait for it."""
-        return np.asarray(array.get(stream=self._current()))
+    def to_host(self, array: Any, stream: Any = None) -> NDArray[Any]:
+        """Copy and wait."""
+        return np.asarray(array.get(stream=stream or self.current_stream()))
 
     def from_host(self, array: Any, values: NDArray[Any]) -> None:
         """Copy on the current stream."""
-        array.set(values, stream=self._current())
+        array.set(values, stream=self.current_stream())
 
-    def _current(self) -> Any:
+    def current_stream(self) -> Any:
+        """Return CuPy's object."""
         return self._cupy.cuda.get_current_stream(self.index)
 
     def stream(self) -> int:
         """Return CuPy's current stream."""
-        return int(self._current().ptr)
+        return int(self.current_stream().ptr)
 
     def is_capturing(self) -> bool:
         """Ask the stream; the default stream cannot be recorded."""
-        current = self._current()
+        current = self.current_stream()
         return bool(current.ptr not in (0, 1) and current.is_capturing())
 
 
 class TorchMemory:
-    """Memory of PyTorch's caching allocator."""
-
-    graphs_own_memory = True
+    """Memory of PyTorch's caching allocator, which gives a graph a pool of its own."""
 
     def __init__(self, index: int) -> None:
         self._torch: Any = sys.modules["torch"]
@@ -237,13 +241,21 @@ class TorchMemory:
         """Return the device pointer."""
         return int(array.data_ptr())
 
-    def to_host(self, array: Any) -> NDArray[Any]:
-        """Copy on the current stream and wait for it."""
-        return np.asarray(array.cpu().numpy())
+    def to_host(self, array: Any, stream: Any = None) -> NDArray[Any]:
+        """Copy and wait."""
+        if stream is None or stream == self.stream():
+            return np.asarray(array.cpu().numpy())
+        cuda = self._torch.cuda
+        with cuda.stream(cuda.ExternalStream(stream, device=self._device)):
+            return np.asarray(array.cpu().numpy())
 
     def from_host(self, array: Any, values: NDArray[Any]) -> None:
         """Copy on the current stream."""
         array.copy_(self._torch.from_numpy(values))
+
+    def current_stream(self) -> Any:
+        """Return the address: PyTorch keeps its streams for good."""
+        return self.stream()
 
     def stream(self) -> int:
         """Return PyTorch's current stream."""

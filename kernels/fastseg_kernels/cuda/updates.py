@@ -115,6 +115,7 @@ class Table:
         if stream != self._stream or captured:  # copies belong to one stream, or to one graph
             self._forget_copies()
             self._stream = stream
+        pointers = [part.on_device(device) for part in self._parts]  # before anything is counted
         numbers = np.zeros(1, RECORD)
         record: Any = numbers[0]
         record["k"][: len(rule.coefficients)] = rule.coefficients
@@ -144,14 +145,16 @@ class Table:
                 record["by_step"] = device.memory.address(by_step)
                 counted = device.memory.address(step), *rule.betas, record["by_step"].item()
                 device.launch(FILE, "count_step", 1, *counted)
-        for part in self._parts:
-            self._launch(part, rule, numbers, zero_grads)
+        for part, at in zip(self._parts, pointers, strict=True):
+            self._launch(part, at, rule, numbers, zero_grads)
         if captured:
             self._forget_copies()
         del owners  # until the launches are in their place on the stream
 
-    def _launch(self, part: _Part, rule: Rule, numbers: Any, zero_grads: bool) -> None:
-        device, pointers = self._device, part.on_device(self._device)
+    def _launch(
+        self, part: _Part, pointers: list[int], rule: Rule, numbers: Any, zero_grads: bool
+    ) -> None:
+        device = self._device
         count = len(part.cut.tasks)
         device.launch(
             FILE, f"update<{RULES[rule.kernel]}, {TYPES[part.cut.real]}>", device.grid(count),
