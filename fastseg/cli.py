@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 EXPECTED_FAILURE = 2
 """Exit code of everything that is the caller's to mend; there is no traceback then."""
-MISSING = "fastseg's command line needs typer and rich: pip install 'fastseg-kernels[cli]'"
+MISSING = "fastseg's command line needs typer and rich: pip install typer rich"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -175,7 +175,7 @@ def show_demo(out: Path, quick: bool, steps: int | None, seed: int) -> None:
 
     absent = demo.missing_packages()
     if absent:
-        _fail(f"fastseg demo needs {', '.join(absent)}: pip install 'fastseg-kernels[demo]'")
+        _fail(f"fastseg demo needs {', '.join(absent)}: pip install {' '.join(absent)}")
     out.mkdir(parents=True, exist_ok=True)  # what can fail at once does, before anything is said
     console = Console(highlight=False, markup=False)
     console.print(demo.NOTICE, style="yellow")

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from fastseg.losses import Loss
 from fastseg_kernels.constants import (
     EMPTY,
-    KIND_BCE,
-    KIND_REGION,
+    KINDS,
     LINKS,
     NORMALIZE,
     TERM_FIELDS,
@@ -174,7 +173,7 @@ class BCE(Term):
     def row(self) -> dict[str, float]:
         """Return the term's entries in the table."""
         return {
-            "kind": KIND_BCE,
+            "kind": KINDS.index("bce"),
             "pos_weight": self.pos_weight,
             "normalize": NORMALIZE.index(self.normalize or "sum"),
         }
@@ -254,7 +253,7 @@ class RegionTerm(Term):
         # The hits are what the errors leave of the size, in I, F and G (P = I + F). In this order
         # beta - (beta - 1) is exactly 1, and F has no part in the hits of a Tversky index.
         return {
-            "kind": KIND_REGION,
+            "kind": KINDS.index("region"),
             "hits_i": size_p,
             "hits_f": size_p - (errors_f - size_f),
             "hits_g": size_g - errors_g,

@@ -326,14 +326,14 @@ def test_warmup_without_a_cache_is_one_line(
 def test_missing_cli_extra_is_one_line(absent: str) -> None:
     program = BLOCK.format(names={absent}) + "from fastseg.cli import main; main(['info'])"
     got = python(program)
-    expected = "fastseg's command line needs typer and rich: pip install 'fastseg-kernels[cli]'\n"
+    expected = "fastseg's command line needs typer and rich: pip install typer rich\n"
     assert (got.returncode, got.stdout, got.stderr) == (2, "", expected)
 
 
 def test_missing_demo_extra_is_one_line() -> None:
     program = BLOCK.format(names={"nilearn", "scipy"})
     got = python(program + "from fastseg.cli import main; main(['demo'])")
-    expected = "fastseg demo needs nilearn, scipy: pip install 'fastseg-kernels[demo]'\n"
+    expected = "fastseg demo needs nilearn, scipy: pip install nilearn scipy\n"
     assert (got.returncode, got.stdout, got.stderr) == (2, "", expected)
 
 

@@ -725,9 +725,9 @@ def test_no_cupy(monkeypatch):
     with pytest.raises(installation.InstallationError, match="CuPy, which launches") as caught:
         libraries.CUDAArray()
     assert "\n" not in str(caught.value)
-    assert "pip install 'fastseg-kernels[cuda12]'" in str(caught.value)
+    assert "pip install 'cupy-cuda12x[ctk]>=14.2'" in str(caught.value)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    with pytest.raises(installation.InstallationError, match=r"fastseg-kernels\[cuda13\]"):
+    with pytest.raises(installation.InstallationError, match=r"cupy-cuda13x\[ctk\]"):
         installation.cupy_module()
 
 
@@ -784,9 +784,9 @@ def test_no_memory_left_keeps_its_class(monkeypatch):
     [
         (None, None, "computes on the CPU: no NVIDIA driver was found"),
         ("11.8", None, "the NVIDIA driver supports CUDA 11.8 only: update it to one for CUDA 12"),
-        ("12.4", None, r"for the GPU: pip install 'fastseg-kernels\[cuda12\]'"),
-        ("13.1", None, r"for the GPU: pip install 'fastseg-kernels\[cuda13\]'"),
-        ("14.0", None, r"for the GPU: pip install 'fastseg-kernels\[cuda13\]'"),
+        ("12.4", None, r"for the GPU: pip install 'cupy-cuda12x\[ctk\]"),
+        ("13.1", None, r"for the GPU: pip install 'cupy-cuda13x\[ctk\]"),
+        ("14.0", None, r"for the GPU: pip install 'cupy-cuda13x\[ctk\]"),
         ("12.4", ("cupy-cuda13x", "14.2.0"), "the NVIDIA driver is missing or older than the CUDA"),
     ],
 )

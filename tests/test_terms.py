@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pytest
 
 import fastseg as fs
 from cases import LOSSES, make
+from fastseg_kernels import constants
+from fastseg_kernels.cpu.points import Variant
+from fastseg_kernels.cpu.tiles import make_tile_sums
 
 
 def subclasses(cls: type) -> list[type]:
@@ -187,3 +190,19 @@ def test_classes_and_class_weights():
     grad = fs.BCE(classes=[0]).value_and_grad(logits, targets)[1]
     assert np.all(grad[:, 1:] == 0)
     assert np.all(grad[:, 0] != 0)
+
+
+def test_a_kind_without_a_branch_is_no_number():
+    @dataclass(frozen=True, repr=False)
+    class Unknown(fs.SoftJaccard):
+        def row(self) -> dict[str, float]:
+            return {**super().row(), "kind": len(constants.KINDS)}
+
+    assert np.isnan(Unknown()(np.zeros((1, 1, 3)), np.ones((1, 1, 3), bool)))
+
+
+def test_a_column_without_a_lane_is_refused(monkeypatch):
+    monkeypatch.setitem(constants.FAMILY_COLUMNS, "new", ("new_sum",))
+    variant = Variant("float32", "binary", "sigmoid", frozenset({"new"}))
+    with pytest.raises(NotImplementedError, match="no lane adds up new_sum"):
+        make_tile_sums(variant)

@@ -59,7 +59,7 @@ TERM_FIELDS = (
     "kind", "weight", "hits_i", "hits_f", "hits_g", "hits_0", "errors_f", "errors_g", "errors_0",
     "eps", "link", "gamma", "batch", "empty", "pos_weight", "normalize",
 )  # fmt: skip
-KIND_BCE, KIND_REGION = 0, 1
+KINDS = ("bce", "region")
 LINKS = ("one_minus", "negative", "log", "power")
 EMPTY = ("formula", "one", "zero", "skip")
 NORMALIZE = ("sum", "valid", "all")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fastseg_kernels.constants import (
     COEFFICIENTS,
     EMPTY,
-    KIND_BCE,
+    KINDS,
     LINKS,
     NORMALIZE,
     PICKED,
@@ -34,6 +34,7 @@ ERRORS_F, ERRORS_G, ERRORS_0 = (_AT[f"errors_{n}"] for n in "fg0")
 BATCH, EMPTY_RULE = _AT["batch"], _AT["empty"]
 POS_WEIGHT, NORMALIZATION = _AT["pos_weight"], _AT["normalize"]
 NEGATIVE, LOG, POWER = LINKS.index("negative"), LINKS.index("log"), LINKS.index("power")
+BCE, REGION = KINDS.index("bce"), KINDS.index("region")
 FORMULA, ONE, SKIP = EMPTY.index("formula"), EMPTY.index("one"), EMPTY.index("skip")
 BY_VALID, BY_ALL = NORMALIZE.index("valid"), NORMALIZE.index("all")
 NONE, MEAN = 0, 1  # of constants.REDUCTIONS
@@ -188,9 +189,10 @@ def _compiled() -> Any:
         value[:], by_term[:], out[:] = 0.0, 0.0, 0.0
         for k in range(terms.shape[0]):
             term, values = terms[k], by_term[k]
-            if term[KIND] == KIND_BCE:
+            total = np.nan
+            if term[KIND] == BCE:
                 total = add_bce(term, sums, columns, weights[k], reduction, scale, values, out)
-            else:
+            elif term[KIND] == REGION:
                 total = add_region(term, sums, columns, weights[k], reduction, scale, values, out)
             if reduction != NONE:
                 values[0, 0] = total

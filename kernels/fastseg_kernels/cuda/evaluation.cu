@@ -203,7 +203,8 @@ evaluate(const __grid_constant__ Table table, const double* more, const double* 
   for (long long i = threadIdx.x; i < rows; i += THREADS)
     invalid += sums[i * columns + invalid_column];
   invalid = sum_for_all(invalid, buffer);
-  const double start = invalid > 0.0 ? __longlong_as_double(0x7ff8000000000000LL) : 0.0;
+  const double no_number = __longlong_as_double(0x7ff8000000000000LL);
+  const double start = invalid > 0.0 ? no_number : 0.0;
   for (long long i = threadIdx.x; i < rows * COEFFICIENTS; i += THREADS) coefficients[i] = start;
   if (by_term != nullptr)
     for (long long i = threadIdx.x; i < values * terms; i += THREADS) by_term[i] = start;
@@ -214,8 +215,9 @@ evaluate(const __grid_constant__ Table table, const double* more, const double* 
     const double* term = numbers + k * TERM_FIELDS;
     const double* weights = numbers + terms * TERM_FIELDS + k * classes;
     double* const results = by_term + k * values;
-    const double total = term[TERM_KIND] == KIND_BCE ? add_bce(work, term, weights, results)
-                                                     : add_region(work, term, weights, results);
+    double total = no_number;
+    if (term[TERM_KIND] == KIND_BCE) total = add_bce(work, term, weights, results);
+    if (term[TERM_KIND] == KIND_REGION) total = add_region(work, term, weights, results);
     sum += term[TERM_WEIGHT] * total;
     if (reduction != REDUCTION_NONE && by_term != nullptr && threadIdx.x == 0)
       results[0] = total + start;

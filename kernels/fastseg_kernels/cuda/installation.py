@@ -57,7 +57,7 @@ def extra(major: int | None = None) -> str:
     if major is None:
         newest = float(driver_version() or 0.0)
         major = max((m for m in CUDA_MAJORS if m <= newest), default=CUDA_MAJORS[0])
-    return f"pip install 'fastseg-kernels[cuda{major}]'"
+    return f"pip install 'cupy-cuda{major}x[ctk]>=14.2'"
 
 
 @cache

@@ -31,8 +31,8 @@ JOB = np.dtype(
         ("samples", np.int64),
         ("classes", np.int64),
         ("voxels", np.int64),
-        ("block", np.int64),
-        ("blocks", np.int64),
+        ("task_voxels", np.int64),
+        ("row_tasks", np.int64),
         ("tasks", np.int64),
         ("labelled", np.int64),
         ("target_mode", np.int64),
@@ -48,17 +48,17 @@ JOB = np.dtype(
 
 MOST_TASKS = 2**31 - 1
 """Kernels count tasks in 32 bits."""
-SHORTEST_BLOCK = 4 * THREADS * GROUP
+SHORTEST_TASK = 4 * THREADS * GROUP
 """Voxels of a task: its epilogue, a sum over the threads for each column, stays below a tenth."""
-MOST_BLOCKS = 4096
+MOST_ROW_TASKS = 4096
 """Tasks per row at the most: what the second kernel adds up, and 400 KB of partial sums."""
 ADDRESSES = tuple(OPERAND.itemsize // 8 * k for k in range(len(OPERANDS)))
 """Where the operands' addresses are in a job seen as words: setting them so is the fastest way."""
 
 
-def block_length(voxels: int) -> int:
+def task_length(voxels: int) -> int:
     """Return the voxels per task for a row of ``voxels``."""
-    length = max(SHORTEST_BLOCK, -(-voxels // MOST_BLOCKS))
+    length = max(SHORTEST_TASK, -(-voxels // MOST_ROW_TASKS))
     step = THREADS * GROUP
     return -(-length // step) * step
 
@@ -80,9 +80,10 @@ def make_job(layouts: dict[str, Layout]) -> tuple[Any, Geometry]:
         operand["stride_n"], operand["stride_c"] = layout.strides[:2]
         operand["strides"][: len(strides)] = strides
     voxels = prod(first.shape[2:])
-    block = block_length(voxels)
-    record["voxels"], record["block"], record["blocks"] = voxels, block, -(-voxels // block)
-    record["tasks"] = tasks = prod(first.shape[:2]) * int(record["blocks"])
+    length = task_length(voxels)
+    record["voxels"], record["task_voxels"] = voxels, length
+    record["row_tasks"] = -(-voxels // length)
+    record["tasks"] = tasks = prod(first.shape[:2]) * int(record["row_tasks"])
     if tasks > MOST_TASKS:
         raise ValueError(f"at most {MOST_TASKS} rows are supported, got {first.shape[:2]}")
     return job, geometry

@@ -81,9 +81,9 @@ count_labels(const __grid_constant__ Job job, Count* counts) {
   if (threadIdx.x < COUNTS - PER_CLASS) others[threadIdx.x] = 0;
   __syncthreads();
   for (unsigned task = blockIdx.x; task < job.tasks; task += gridDim.x) {
-    const unsigned in_row = unsigned(job.blocks);
-    const long long n = task / in_row, first = task % in_row * job.block;
-    const long long end = first + job.block < job.voxels ? first + job.block : job.voxels;
+    const unsigned in_row = unsigned(job.row_tasks);
+    const long long n = task / in_row, first = task % in_row * job.task_voxels;
+    const long long end = first + job.task_voxels < job.voxels ? first + job.task_voxels : job.voxels;
     const Place row(job, n, 0);
     Count* const of_sample = counts + n * job.classes * COUNTS;
     if (!shared) {

@@ -56,12 +56,12 @@ def shared_constants() -> str:
             f"constexpr int COEFFICIENTS = {constants.COEFFICIENTS};\n",
             _enum("CODE", constants.DTYPE_CODES),
             _enum("TERM", (*constants.TERM_FIELDS, "fields")),
+            _enum("KIND", constants.KINDS),
             _enum("LINK", constants.LINKS),
             _enum("EMPTY", constants.EMPTY),
             _enum("NORMALIZE", constants.NORMALIZE),
             _enum("REDUCTION", constants.REDUCTIONS),
             _enum("SUM", (*constants.PICKED, "number")),
-            f"constexpr int KIND_BCE = {constants.KIND_BCE};\n",
         ]
     )
 

@@ -19,7 +19,7 @@ struct Job {
   Operand logits, targets, mask, weights, out;
   long long ndim, sizes[MAX_DIMS];
   long long samples, classes, voxels;  // voxels of one row
-  long long block, blocks, tasks;      // voxels of one task, tasks of one row and of all
+  long long task_voxels, row_tasks, tasks;  // voxels of one task, tasks of one row and of all
   long long labelled, target_mode;     // targets are labels; how they become targets
   long long has_ignore, ignore_label, positive_label;
   double ignore_real, positive_real, threshold;

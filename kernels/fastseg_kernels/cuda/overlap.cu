@@ -13,13 +13,13 @@ struct Run {
 
   // In 32 bits: a 64-bit division is a call, around which registers are spilt.
   __device__ __forceinline__ Run(const Job& job, unsigned number) {
-    const unsigned in_row = unsigned(job.blocks), classes = unsigned(job.classes);
+    const unsigned in_row = unsigned(job.row_tasks), classes = unsigned(job.classes);
     const unsigned which = number / in_row;
     row = which;
     n = which / classes;
     c = which % classes;
-    first = number % in_row * job.block;
-    end = first + job.block < job.voxels ? first + job.block : job.voxels;
+    first = number % in_row * job.task_voxels;
+    end = first + job.task_voxels < job.voxels ? first + job.task_voxels : job.voxels;
   }
 
   __device__ __forceinline__ const char* row_of(const Operand& o) const {
@@ -158,8 +158,8 @@ __device__ __forceinline__ bool add_whole(Totals<V>& totals, const E* x, const u
 }
 
 // For rows that are runs of memory: predictions of type E and targets of type P.
-// grid: at most samples * classes * blocks; block: THREADS.
-// sums: (samples, classes, blocks, columns)
+// grid: at most samples * classes * row_tasks; block: THREADS.
+// sums: (samples, classes, row_tasks, columns)
 template <typename V, typename E, typename P>
 __global__ void __launch_bounds__(THREADS, sizeof(P) == 1 ? V::resident : 1)
 statistics_in_place(const __grid_constant__ Job job, double* __restrict__ sums) {
@@ -219,13 +219,13 @@ statistics_anywhere(const __grid_constant__ Job job, double* __restrict__ sums) 
 // Adds up the tasks of every row, each thread those of its numbers. grid: samples * classes; block:
 // THREADS.
 __global__ void __launch_bounds__(THREADS)
-add_tasks(const double* __restrict__ sums, long long blocks, int columns,
+add_tasks(const double* __restrict__ sums, long long row_tasks, int columns,
           double* __restrict__ total) {
   __shared__ double buffer[WARPS];
-  const double* of_row = sums + blockIdx.x * blocks * columns;
+  const double* of_row = sums + blockIdx.x * row_tasks * columns;
   for (int k = 0; k < columns; ++k) {
     double sum = 0.0;
-    for (long long task = threadIdx.x; task < blocks; task += THREADS)
+    for (long long task = threadIdx.x; task < row_tasks; task += THREADS)
       sum += of_row[task * columns + k];
     sum = block_sum(sum, buffer);
     if (threadIdx.x == 0) total[blockIdx.x * (long long)columns + k] = sum;

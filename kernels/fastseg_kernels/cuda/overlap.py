@@ -32,7 +32,7 @@ class _Plan(NamedTuple):
     way: str  # "in_place" or "anywhere": the two sets of kernels
     argument: str  # C++: their last template arguments
     tasks: int
-    blocks: int
+    row_tasks: int
     names: dict[Any, str]  # of kernels, by the families of sums; the gradient's by None
 
 
@@ -73,8 +73,8 @@ def _plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
     argument = counter(int(record["voxels"]))
     if in_place:
         argument = f"{TYPES[logits.dtype]}, {TARGETS[targets.dtype]}"
-    tasks, blocks = int(record["tasks"]), int(record["blocks"])
-    return _Plan(Jobs(job), variant, way, argument, tasks, blocks, {})
+    tasks, row_tasks = int(record["tasks"]), int(record["row_tasks"])
+    return _Plan(Jobs(job), variant, way, argument, tasks, row_tasks, {})
 
 
 def _name(plan: _Plan, families: frozenset[str] | None) -> str:
@@ -103,7 +103,7 @@ def statistics(device: Device, problem: Problem, families: frozenset[str]) -> An
     name, grid = _name(plan, families), device.grid(plan.tasks)
     plan.jobs.launch(device, FILE, name, grid, problem.addresses, of_tasks)
     rows = samples * classes
-    device.launch(FILE, "add_tasks", rows, of_tasks, plan.blocks, np.int32(width), of_rows)
+    device.launch(FILE, "add_tasks", rows, of_tasks, plan.row_tasks, np.int32(width), of_rows)
     return total
 
 
