@@ -68,6 +68,7 @@ class _Optimizer:
             for i, library in enumerate(self._libraries)
             if library.name not in ("numpy", "cupy")
         ]
+        self._may_move = may_move(self._libraries)
         self._watched = watched_tensors(self.params)
         self._places = places_of(self._watched)
         self._backend = backend_of(self._libraries[0], self.params[0])
@@ -138,7 +139,7 @@ class _Optimizer:
         for arrays in (self.params, grads) if zero_grads else (self.params,):
             for i, written in self._counting:
                 written(arrays[i])
-        if not zero_grads and may_move(self._libraries):
+        if self._may_move and not zero_grads:
             for library, grad in zip(self._libraries, grads, strict=True):
                 library.used((grad,))
 
@@ -283,7 +284,7 @@ class _Optimizer:
     def _point_table(self, grads: list[Any], zero_grads: bool) -> UpdateTable:
         """Return the table, pointed at the parameters and at ``grads`` after checking both."""
         places = places_of(self._watched)
-        moved = places != self._places or may_move(self._libraries)
+        moved = places != self._places or self._may_move
         if self._table is not None and not moved and is_same(self._last, grads, zero_grads):
             return self._table
         self._last = None
