@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from ctypes import addressof, c_char
 from functools import cache
+from operator import index
 from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
@@ -273,11 +274,14 @@ class _Interface(NamedTuple):
 def _interface(array: Any, name: str) -> _Interface:
     try:
         said = array.__cuda_array_interface__
-        dtype, shape = np.dtype(said["typestr"]), tuple(map(int, said["shape"]))
+        dtype, shape = np.dtype(said["typestr"]), tuple(map(index, said["shape"]))
         address, read_only = said["data"]
         strides = said.get("strides") or _c_strides(shape, dtype.itemsize)
-        layout = Layout(shape, tuple(map(int, strides)), dtype.name)
+        if len(strides) != len(shape):
+            raise ValueError(f"strides {strides} for the shape {shape}")
+        layout = Layout(shape, tuple(map(index, strides)), dtype.name)
         stream, mask = said.get("stream"), said.get("mask")
+        stream = None if stream is None else index(stream)
         return _Interface(dtype, layout, int(address or 0), bool(read_only), stream, mask)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise TypeError(
@@ -327,13 +331,13 @@ class CUDAArray:
         """Let the current stream wait for the array's (``before`` a call), or the other way."""
         if not said.stream or isinstance(array, self._cupy.ndarray):
             return  # CuPy's are on the current stream, whatever they say
-        cuda, index = self._cupy.cuda, self._index(said)
-        current = cuda.get_current_stream(index)
+        cuda, device = self._cupy.cuda, self._index(said)
+        current = cuda.get_current_stream(device)
         named = current.ptr or LEGACY_STREAM
         if named == said.stream or (named != LEGACY_STREAM and current.is_capturing()):
             return
         first, second = (said.stream, current.ptr) if before else (current.ptr, said.stream)
-        with cuda.Device(index):  # an event is of the device that is current when it is made
+        with cuda.Device(device):  # an event is of the device that is current when it is made
             event = cuda.Event(disable_timing=True)
             cuda.runtime.eventRecord(event.ptr, first)
             cuda.runtime.streamWaitEvent(second, event.ptr)

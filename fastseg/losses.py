@@ -365,7 +365,10 @@ class Loss:
         scale = grad_scale
         if type(scale) is not float:
             scale = self._scale(backend, grad_scale, (samples, classes))
-        return backend.evaluate(table, sums, scale, dtype, by_term)
+        result = backend.evaluate(table, sums, scale, dtype, by_term)
+        if type(scale) is View:
+            library_of(scale.owner, "grad_scale").used((scale.owner,))
+        return result
 
     def _scale(
         self, backend: Backend, grad_scale: Any, rows: tuple[int, int]

@@ -33,6 +33,7 @@ from fastseg.parameters import (
 )
 from fastseg_kernels import updates
 from fastseg_kernels.updates import Rule
+from fastseg_kernels.views import View
 
 HELD_BYTES = 64 * 2**20
 """Gradients of the last step are held, so that they can be recognised, up to this size together.
@@ -139,6 +140,9 @@ class _Optimizer:
         for arrays in (self.params, grads) if zero_grads else (self.params,):
             for i, written in self._counting:
                 written(arrays[i])
+        for number in (values["lr"], scale):
+            if type(number) is View:
+                library_of(number.owner, "lr").used((number.owner,))
         if self._may_move and not zero_grads:
             for library, grad in zip(self._libraries, grads, strict=True):
                 library.used((grad,))

@@ -131,8 +131,7 @@ class Statistics:
         there = self._on_device
         if there is not None and there.backend is backend:
             return there.sums
-        if "invalid" in self.names:
-            self.check()
+        self._check_if_known()
         return self.array
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -214,9 +213,18 @@ class Statistics:
 
     def check(self) -> None:
         """Raise a ValueError if any target, probability or weight was not an allowed one."""
-        invalid = self["invalid"]
+        fetched = self._fetched()
+        invalid, count = fetched["invalid"], fetched["count"]
         if np.count_nonzero(invalid):
-            raise ValueError(invalid_message(int(invalid.sum()), int(self["count"].sum())))
+            raise ValueError(invalid_message(int(invalid.sum()), int(count.sum())))
+
+    def _check_if_known(self) -> None:
+        if "invalid" in self.names and "count" in self.names:
+            self.check()
+
+    def _fetched(self) -> Statistics:
+        """Return statistics on the host, all of whose numbers are of one moment."""
+        return self if self._on_device is None else Statistics(self.array, self.names, self.samples)
 
     def counts(self) -> dict[str, NDArray[np.int64]]:
         """Return the hard counts tp, fp, fn and tn, each int64 (N, C).
@@ -224,11 +232,12 @@ class Statistics:
         Needs ``track=("hard",)``. A prediction that is NaN counts as background here; the column
         ``undefined`` says how many there are, and the scores below are NaN. Raises as `check` does.
         """
-        self.check()
+        fetched = self._fetched()
+        fetched._check_if_known()
         hits, over, under = (
-            self[f"hard_{n}"] for n in ("true_positives", "false_positives", "false_negatives")
+            fetched[f"hard_{n}"] for n in ("true_positives", "false_positives", "false_negatives")
         )
-        rest = self["count"] - hits - over - under
+        rest = fetched["count"] - hits - over - under
         values = {"tp": hits, "fp": over, "fn": under, "tn": rest}
         return {name: value.astype(np.int64) for name, value in values.items()}
 
@@ -244,15 +253,17 @@ class Statistics:
         empty
             Score where neither prediction nor target has foreground.
         """
-        counts = self.counts()
-        return reduce_scores(jaccard_from_counts(counts, empty), self["undefined"], reduction)
+        fetched = self._fetched()
+        scores = jaccard_from_counts(fetched.counts(), empty)
+        return reduce_scores(scores, fetched["undefined"], reduction)
 
     def dice_score(
         self, *, reduction: str = "mean", empty: float = float("nan")
     ) -> NDArray[np.float64] | np.float64:
         """Return the hard Dice score 2 tp / (2 tp + fp + fn); options as in `jaccard_index`."""
-        counts = self.counts()
-        return reduce_scores(dice_from_counts(counts, empty), self["undefined"], reduction)
+        fetched = self._fetched()
+        scores = dice_from_counts(fetched.counts(), empty)
+        return reduce_scores(scores, fetched["undefined"], reduction)
 
     # Storing
 

@@ -6,6 +6,7 @@ what stands around them, who allocates, what waits, and where answers are.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import pickle
 import re
@@ -314,6 +315,16 @@ def test_streams_of_other_libraries_and_optimisers():
         assert cupy.events == [*before, *after]
 
 
+def test_streams_of_numbers_wait_too():
+    logits, targets = cases.make((1, 1, 9))
+    LOSS.value_and_grad(*on_device(logits, targets), grad_scale=Foreign(np.array(2.0), 9))
+    assert cupy.events == [("record", 9), ("wait", 0), ("record", 0), ("wait", 9)]
+    cupy.events.clear()
+    opt = fs.GradientDescent(cupy.asarray(logits), lr=1.0)
+    opt.step(cupy.asarray(logits), lr=Foreign(np.array(2.0), 9))
+    assert cupy.events == [("record", 9), ("wait", 0), ("record", 0), ("wait", 9)]
+
+
 def test_other_streams_are_no_part_of_a_graph():
     logits, targets = cases.make((1, 1, 9))
     x, t = Foreign(logits, 7), Foreign(targets, 7)
@@ -343,7 +354,10 @@ def test_interfaces_that_cannot_be_served():
         LOSS.value_and_grad(x, t, out=Foreign(logits.copy(), data=(logits.ctypes.data, True)))
     with pytest.raises(TypeError, match=r"logits must have one of the dtypes .* got complex64"):
         LOSS(Foreign(logits.astype(np.complex64)), t)
-    for more in ({"typestr": "nothing"}, {"shape": None}, {"data": 7}, {"strides": "ab"}):
+    for more in (
+        {"typestr": "nothing"}, {"shape": None}, {"shape": (1, 1, 9.7)}, {"data": 7},
+        {"strides": "ab"}, {"strides": (4,)}, {"strides": (36, 36, 4, 4)}, {"stream": "one"},
+    ):  # fmt: skip
         with pytest.raises(TypeError, match="logits must have a __cuda_array_interface__ with"):
             LOSS(Foreign(logits, **more), t)
 
@@ -431,7 +445,7 @@ def test_a_step_on_another_stream_or_in_a_graph_has_copies_of_its_own():
     assert not any(part.copies[name] is array for name in part.copies for array in kept)
 
 
-def test_adam_counts_on_the_device_where_a_graph_repeats_its_steps():
+def test_adam_counts_on_the_device_where_a_graph_repeats_its_steps(monkeypatch):
     params, grads = on_device(np.zeros(9, np.float32), np.ones(9, np.float32))
     cupy.current = cupy.Stream(64)
     frozen = fs.Adam(params)
@@ -439,6 +453,10 @@ def test_adam_counts_on_the_device_where_a_graph_repeats_its_steps():
     cupy.current.capturing = True
     with pytest.raises(RuntimeError, match="make the optimiser with capturable=True"):
         frozen.step(grads)
+    with monkeypatch.context() as patch:
+        patch.setattr(Backend, "launch", lambda *arguments: pytest.fail("refused too late"))
+        with pytest.raises(RuntimeError, match="make the optimiser with capturable=True"):
+            frozen.step(grads)
     cupy.current.capturing = False
     with pytest.raises(ValueError, match="capturable=True is for params on a GPU"):
         fs.Adam(np.zeros(3), capturable=True)
@@ -490,6 +508,34 @@ def test_statistics_of_a_recorded_call_are_those_of_the_last_replay():
     before = s["count"].copy()
     s._on_device.sums[...] *= 2  # as a replay rewrites them
     assert (s["count"] == 2 * before).all()
+    cupy.events.clear()
+    LOSS.statistics(x, t, track=("hard",))
+    cupy.current.capturing = True
+    hard = LOSS.statistics(x, t, track=("hard",))
+    cupy.current.capturing = False
+    hard.jaccard_index()
+    assert len(cupy.events) == 1  # all of a score is of one replay
+
+
+def test_sums_of_the_host_in_any_order_of_columns():
+    x, t = on_device(*cases.make(SHAPE))
+    s = LOSS.statistics(x, t)
+    order = [k for k in range(len(s.names)) if s.names[k] != "invalid"]
+    order += [s.names.index("invalid")]
+    other = fs.Statistics(s.array[:, :, order], [s.names[k] for k in order])
+    close(LOSS.gradient(x, t, other), host(LOSS.gradient(x, t, s)))
+    bare = fs.Statistics(s.array[:, :, order[:-1]], [s.names[k] for k in order[:-1]])
+    close(LOSS.gradient(x, t, bare), host(LOSS.gradient(x, t, s)))
+
+
+def test_statistics_of_the_default_stream_of_a_thread(monkeypatch):
+    """In another thread its address names another stream: the one that waits for all is asked."""
+    x, t = on_device(*cases.make(SHAPE))
+    cupy.current = cupy.Stream(2)
+    s = LOSS.statistics(x, t)
+    cupy.current = cupy.Stream(64)
+    s.check()
+    assert cupy.events == [("get", (2, 3, 8), 0)]
 
 
 def test_threads_that_come_first_together_share_a_backend(monkeypatch):
@@ -512,10 +558,10 @@ def test_threads_that_come_first_together_share_a_backend(monkeypatch):
 def test_no_step_is_counted_for_which_there_is_no_memory(monkeypatch):
     params, grads = on_device(np.zeros(9, np.float32), np.ones(9, np.float32))
     opt = fs.Adam(params, capturable=True)
-    monkeypatch.setattr(Backend, "upload", lambda self, values: (_ for _ in ()).throw(MemoryError))
-    with pytest.raises(MemoryError):
-        opt.step(grads)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Backend, "upload", lambda self, values: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            opt.step(grads)
     assert opt.step_count == 0 and not host(params).any()
 
 
@@ -618,6 +664,23 @@ def tensors_on_a_device(monkeypatch: pytest.MonkeyPatch) -> Backend:
         lambda library, place: backend if library == "torch" else real(library, place),
     )
     return backend
+
+
+@pytest.mark.parametrize("made_on", [0, 64])
+def test_statistics_of_tensors_are_fetched_on_their_stream(made_on, monkeypatch):
+    """ExternalStream(0) would be some stream of PyTorch's pool, which waits for nothing."""
+    used = []
+    memory = HostTorchMemory()
+    fake = SimpleNamespace(
+        default_stream=lambda device: "default",
+        ExternalStream=lambda address, device: address,
+        stream=lambda stream: used.append(stream) or contextlib.nullcontext(),
+    )
+    monkeypatch.setattr(memory, "_torch", SimpleNamespace(cuda=fake))
+    monkeypatch.setattr(memory, "stream", lambda: 128)
+    assert memory.to_host(torch.ones(3), made_on).tolist() == [1, 1, 1]
+    assert used == [made_on or "default"]
+    assert hasattr(torch.cuda, "default_stream") and hasattr(torch.cuda, "ExternalStream")
 
 
 def test_the_module_is_differentiable(tensors_on_a_device, monkeypatch):

@@ -119,6 +119,13 @@ def test_gradient_of_rows_uses_the_whole():
     np.testing.assert_array_equal(got, expected)
 
 
+def test_scores_of_statistics_without_the_column_of_invalid_voxels():
+    names = ["count", *(f"hard_{n}" for n in ("true_positives", "false_positives"))]
+    names += ["hard_false_negatives", "undefined"]
+    s = fs.Statistics(np.array([[[10.0, 3.0, 1.0, 1.0, 0.0]]]), names)
+    assert s.jaccard_index() == 0.6
+
+
 def test_any_loss_takes_statistics_with_enough_families():
     logits, targets = make((2, 2, 33), np.float64)
     s = (fs.BCE(pos_weight=2.0) + fs.SoftDice()).statistics(logits, targets)

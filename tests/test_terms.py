@@ -198,7 +198,10 @@ def test_a_kind_without_a_branch_is_no_number():
         def row(self) -> dict[str, float]:
             return {**super().row(), "kind": len(constants.KINDS)}
 
-    assert np.isnan(Unknown()(np.zeros((1, 1, 3)), np.ones((1, 1, 3), bool)))
+    for reduction in ("mean", "none"):
+        loss = (fs.SoftJaccard() + Unknown()).replace(reduction=reduction)
+        value, grad = loss.value_and_grad(np.zeros((1, 1, 3)), np.ones((1, 1, 3), bool))
+        assert np.isnan(value).all() and np.isnan(grad).all()
 
 
 def test_a_column_without_a_lane_is_refused(monkeypatch):

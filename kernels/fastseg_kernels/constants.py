@@ -71,6 +71,6 @@ terms on the foreground and off it, and the weight of the BCE on the foreground 
 
 PICKED = (
     "voxels", "count", "targets_sum", "true_positive_sum", "false_negative_sum",
-    "false_positive_sum", "bce_sum", "bce_pos_sum", "bce_neg_sum",
+    "false_positive_sum", "bce_sum", "bce_pos_sum", "bce_neg_sum", "invalid",
 )  # fmt: skip
 """The sums that terms are made of, in the order in which ``evaluate`` takes them."""

@@ -78,10 +78,11 @@ def _compile(arguments: tuple[str, ...]) -> None:
 
 def _once(target: Path, build: Callable[[Path], None]) -> Path:
     """Build a file if it is not there; processes that want it at once wait for the first."""
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for folder in (target.parent, CACHE):
-        if folder.stat().st_uid != os.getuid():  # machine code is loaded from here
-            raise HostCudaError(f"{folder} belongs to another user; set HOSTCUDA_CACHE")
+    for folder in (CACHE, target.parent):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = folder.stat()
+        if about.st_uid != os.getuid() or about.st_mode & 0o022:  # machine code is loaded from here
+            raise HostCudaError(f"others may write to {folder}; set HOSTCUDA_CACHE")
     with target.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():

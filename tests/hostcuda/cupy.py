@@ -85,6 +85,9 @@ class Stream:
         return self.capturing
 
 
+Stream.null = Stream(0)  # type: ignore[attr-defined]
+
+
 allocators: list[Any] = []
 """Those in use, the last one now; none: the default pool's."""
 

@@ -39,7 +39,7 @@ FORMULA, ONE, SKIP = EMPTY.index("formula"), EMPTY.index("one"), EMPTY.index("sk
 BY_VALID, BY_ALL = NORMALIZE.index("valid"), NORMALIZE.index("all")
 NONE, MEAN = 0, 1  # of constants.REDUCTIONS
 
-VOXELS, COUNT, P, INNER, F, G, BCE_ALL, BCE_POS, BCE_NEG = range(len(PICKED))
+VOXELS, COUNT, P, INNER, F, G, BCE_ALL, BCE_POS, BCE_NEG, _ = range(len(PICKED))
 SUMS = len(PICKED)
 
 
@@ -194,6 +194,8 @@ def _compiled() -> Any:
                 total = add_bce(term, sums, columns, weights[k], reduction, scale, values, out)
             elif term[KIND] == REGION:
                 total = add_region(term, sums, columns, weights[k], reduction, scale, values, out)
+            else:  # nobody wrote a branch for it
+                values[:], out[:] = np.nan, np.nan
             if reduction != NONE:
                 values[0, 0] = total
             for n in range(value.shape[0]):

@@ -183,6 +183,10 @@ __device__ double add_bce(const Work& w, const double* term, const double* weigh
   return sum_for_all(total, w.buffer);
 }
 
+__device__ __forceinline__ bool known(double kind) {
+  return kind == KIND_BCE || kind == KIND_REGION;
+}
+
 // table: by value, or in `more` if there are more than NUMBERS numbers. sums: (samples, classes,
 // columns). factor, factors (with type and strides): the gradient's scale. value: one, or (samples,
 // classes) for reduction "none", float if `single`, else double; by_term: as many doubles for each
@@ -192,19 +196,21 @@ __global__ void __launch_bounds__(THREADS, 1)
 evaluate(const __grid_constant__ Table table, const double* more, const double* sums,
          double factor, const char* factors, long long code, long long stride_n,
          long long stride_c, long long terms, long long samples, long long classes,
-         long long columns, long long invalid_column, long long reduction, bool single, void* value,
-         double* by_term, double* coefficients) {
+         long long columns, long long reduction, bool single, void* value, double* by_term,
+         double* coefficients) {
   __shared__ double buffer[WARPS];
   const Scale scale = {factor, factors, code, stride_n, stride_c};
   const Shape shape = {terms, samples, classes, columns, reduction};
   const double* numbers = more == nullptr ? table.numbers : more;
   const long long rows = samples * classes, values = reduction == REDUCTION_NONE ? rows : 1;
   double invalid = 0.0;
-  for (long long i = threadIdx.x; i < rows; i += THREADS)
-    invalid += sums[i * columns + invalid_column];
+  if (table.columns[SUM_INVALID] >= 0)
+    for (long long i = threadIdx.x; i < rows; i += THREADS)
+      invalid += sums[i * columns + table.columns[SUM_INVALID]];
+  for (long long k = 0; k < terms; ++k)  // nobody wrote a branch for it
+    if (!known(numbers[k * TERM_FIELDS + TERM_KIND])) invalid = 1.0;
   invalid = sum_for_all(invalid, buffer);
-  const double no_number = __longlong_as_double(0x7ff8000000000000LL);
-  const double start = invalid > 0.0 ? no_number : 0.0;
+  const double start = invalid > 0.0 ? __longlong_as_double(0x7ff8000000000000LL) : 0.0;
   for (long long i = threadIdx.x; i < rows * COEFFICIENTS; i += THREADS) coefficients[i] = start;
   if (by_term != nullptr)
     for (long long i = threadIdx.x; i < values * terms; i += THREADS) by_term[i] = start;
@@ -215,7 +221,7 @@ evaluate(const __grid_constant__ Table table, const double* more, const double* 
     const double* term = numbers + k * TERM_FIELDS;
     const double* weights = numbers + terms * TERM_FIELDS + k * classes;
     double* const results = by_term + k * values;
-    double total = no_number;
+    double total = 0.0;
     if (term[TERM_KIND] == KIND_BCE) total = add_bce(work, term, weights, results);
     if (term[TERM_KIND] == KIND_REGION) total = add_region(work, term, weights, results);
     sum += term[TERM_WEIGHT] * total;

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastseg_kernels.constants import BASE_COLUMNS, COEFFICIENTS, DTYPE_CODES, PICKED, REDUCTIONS
+from fastseg_kernels.constants import COEFFICIENTS, DTYPE_CODES, PICKED, REDUCTIONS
 from fastseg_kernels.cuda.modules import TABLE_NUMBERS
 from fastseg_kernels.cuda.runtime import Device
 from fastseg_kernels.problem import Evaluation
@@ -15,7 +15,6 @@ from fastseg_kernels.views import View
 
 FILE = "evaluation.cu"
 TABLE = np.dtype([("numbers", np.float64, (TABLE_NUMBERS,)), ("columns", np.int64, (len(PICKED),))])
-INVALID = BASE_COLUMNS.index("invalid")
 NONE = REDUCTIONS.index("none")
 
 
@@ -86,7 +85,7 @@ def evaluate(
     factor, owner = _scale(device, scale)
     device.launch(
         FILE, "evaluate", 1, table.record, 0 if more is None else address(more), address(sums),
-        *factor, table.terms, samples, classes, width, INVALID, table.reduction,
+        *factor, table.terms, samples, classes, width, table.reduction,
         dtype == "float32", address(value), 0 if terms is None else address(terms),
         address(coefficients),
     )  # fmt: skip

@@ -20,9 +20,17 @@ class InstallationError(RuntimeError):
 
 
 def wanted_major() -> int | None:
-    """Return the CUDA major version of what uses the GPU already: of PyTorch's build."""
+    """Return the CUDA major version of PyTorch's build, if there is a CuPy for it here."""
     version = getattr(getattr(sys.modules.get("torch"), "version", None), "cuda", None)
-    return int(version.partition(".")[0]) if version else None
+    major = int(version.partition(".")[0]) if version else None
+    return major if major in CUDA_MAJORS else None
+
+
+def installed_major() -> int | None:
+    """Return the CUDA major version of the CuPy that is installed, if its name says so."""
+    named = installed_cupy()
+    major = named[0][-3:-1] if named and named[0].endswith("x") else ""
+    return int(major) if major.isdigit() and int(major) in CUDA_MAJORS else None
 
 
 def installed_cupy() -> tuple[str, str] | None:
@@ -73,7 +81,7 @@ def cupy_module() -> Any:
         line = str(error).strip().partition("\n")[0]
         raise InstallationError(
             f"CuPy cannot be imported ({line}): keep one of its distributions and reinstall it, "
-            f"{extra(wanted_major())}"
+            f"{extra(installed_major() or wanted_major())} --force-reinstall"
         ) from error
     return cupy
 
@@ -96,15 +104,22 @@ def advice(error: BaseException) -> str | None:
     if kind == "CUDARuntimeError" and "NoDevice" in message:
         return "no NVIDIA GPU is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES"
     if kind == "CUDADriverError" and "NO_BINARY_FOR_GPU" in message:
-        return f"{name} cannot compile for this GPU: install the CuPy of a newer CUDA, {extra()}"
+        return (
+            f"{name} cannot compile for this GPU: install the CuPy of a newer CUDA in its place, "
+            f"pip uninstall {name}, then {extra()}"
+        )
+    if "UNSUPPORTED_PTX_VERSION" in message or "INVALID_IMAGE" in message:
+        return (
+            "the driver is older than the NVRTC that CuPy found: update the driver, or pip "
+            "uninstall the NVRTC that is newer (`fastseg info` shows both versions)"
+        )
     if kind == "DynamicLibNotFoundError" or (
         isinstance(error, ImportError | OSError | RuntimeError) and "nvrtc" in message.lower()
     ):
-        major = name[-3:-1] if name.endswith("x") else ""
-        command = extra(int(major)) if major.isdigit() else extra()
+        command = extra(installed_major())
         return f"NVRTC, which compiles the CUDA kernels, was not found: {command}"
     if kind == "CompileException" and "cannot open source file" in str(error):
-        return f"the CUDA headers were not found: {extra()}, or set CUDA_PATH"
+        return f"the CUDA headers were not found: {extra(installed_major())}, or set CUDA_PATH"
     return None
 
 

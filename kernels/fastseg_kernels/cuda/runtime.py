@@ -166,6 +166,10 @@ class CuPyDriver:
                 kernel((grid,), (THREADS,), arguments, stream=on)
 
 
+THREAD_STREAM = 2
+"""The address by which every thread names a default stream of its own."""
+
+
 class CuPyMemory:
     """Memory of CuPy's current allocator, by default a pool."""
 
@@ -184,8 +188,9 @@ class CuPyMemory:
             if self.is_capturing():
                 pool = self._cupy.get_default_memory_pool()
                 with cuda.Device(self.index), cuda.using_allocator(pool.malloc):
-                    self.of_graphs.append(self._cupy.empty(shape, dtype))
-                return self.of_graphs[-1]
+                    array = self._cupy.empty(shape, dtype)
+                self.of_graphs.append(array)
+                return array
             if cuda.runtime.getDevice() == self.index:
                 return self._cupy.empty(shape, dtype)
             with cuda.Device(self.index):
@@ -199,23 +204,27 @@ class CuPyMemory:
 
     def to_host(self, array: Any, stream: Any = None) -> NDArray[Any]:
         """Copy and wait."""
-        return np.asarray(array.get(stream=stream or self.current_stream()))
+        return np.asarray(array.get(stream=stream or self._current()))
 
     def from_host(self, array: Any, values: NDArray[Any]) -> None:
         """Copy on the current stream."""
-        array.set(values, stream=self.current_stream())
+        array.set(values, stream=self._current())
+
+    def _current(self) -> Any:
+        return self._cupy.cuda.get_current_stream(self.index)
 
     def current_stream(self) -> Any:
-        """Return CuPy's object."""
-        return self._cupy.cuda.get_current_stream(self.index)
+        """Return CuPy's object; for the default stream of a thread the one that waits for all."""
+        current = self._current()
+        return self._cupy.cuda.Stream.null if current.ptr == THREAD_STREAM else current
 
     def stream(self) -> int:
         """Return CuPy's current stream."""
-        return int(self.current_stream().ptr)
+        return int(self._current().ptr)
 
     def is_capturing(self) -> bool:
         """Ask the stream; the default stream cannot be recorded."""
-        current = self.current_stream()
+        current = self._current()
         return bool(current.ptr not in (0, 1) and current.is_capturing())
 
 
@@ -246,7 +255,11 @@ class TorchMemory:
         if stream is None or stream == self.stream():
             return np.asarray(array.cpu().numpy())
         cuda = self._torch.cuda
-        with cuda.stream(cuda.ExternalStream(stream, device=self._device)):
+        if stream == 0:  # ExternalStream(0) would be some other stream
+            made_by = cuda.default_stream(self._device)
+        else:
+            made_by = cuda.ExternalStream(stream, device=self._device)
+        with cuda.stream(made_by):
             return np.asarray(array.cpu().numpy())
 
     def from_host(self, array: Any, values: NDArray[Any]) -> None:
@@ -254,7 +267,7 @@ class TorchMemory:
         array.copy_(self._torch.from_numpy(values))
 
     def current_stream(self) -> Any:
-        """Return the address: PyTorch keeps its streams for good."""
+        """Return the address: PyTorch keeps its streams for good, external ones their owner."""
         return self.stream()
 
     def stream(self) -> int:

@@ -112,9 +112,29 @@ class Table:
         """
         device = self._device
         stream, captured = device.memory.stream(), device.memory.is_capturing()
+        if captured and rule.betas is not None and isinstance(step, int):
+            raise RuntimeError(
+                "a graph would repeat the step with the number that it was recorded with; make "
+                "the optimiser with capturable=True"
+            )
         if stream != self._stream or captured:  # copies belong to one stream, or to one graph
             self._forget_copies()
             self._stream = stream
+        try:
+            self._launch_all(rule, step, lr, grad_scale, zero_grads)
+        finally:
+            if captured:  # what was recorded was not copied yet
+                self._forget_copies()
+
+    def _launch_all(
+        self,
+        rule: Rule,
+        step: int | Any,
+        lr: float | View,
+        grad_scale: float | View,
+        zero_grads: bool,
+    ) -> None:
+        device = self._device
         pointers = [part.on_device(device) for part in self._parts]  # before anything is counted
         numbers = np.zeros(1, RECORD)
         record: Any = numbers[0]
@@ -133,11 +153,6 @@ class Table:
             record["k"][0] *= grad_scale
         if rule.betas is not None:
             if isinstance(step, int):
-                if captured:
-                    raise RuntimeError(
-                        "a graph would repeat the step with the number that it was recorded with; "
-                        "make the optimiser with capturable=True"
-                    )
                 record["k"][list(BY_STEP)] *= corrections(rule.betas, step)
             else:
                 by_step = device.empty((2,))
@@ -147,8 +162,6 @@ class Table:
                 device.launch(FILE, "count_step", 1, *counted)
         for part, at in zip(self._parts, pointers, strict=True):
             self._launch(part, at, rule, numbers, zero_grads)
-        if captured:
-            self._forget_copies()
         del owners  # until the launches are in their place on the stream
 
     def _launch(
