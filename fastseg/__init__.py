@@ -18,13 +18,22 @@ from fastseg.metrics import dice_score, jaccard_index, stat_scores
 from fastseg.optimizers import Adam, GradientDescent, Momentum
 from fastseg.options import Options
 from fastseg.statistics import Statistics, concatenate_statistics
-from fastseg.terms import BCE, RegionTerm, SoftDice, SoftJaccard, Term, Tversky
+from fastseg.terms import (
+    BCE,
+    CrossEntropy,
+    RegionTerm,
+    SoftDice,
+    SoftJaccard,
+    Term,
+    Tversky,
+)
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "BCE",
     "Adam",
+    "CrossEntropy",
     "GradientDescent",
     "Loss",
     "Momentum",

@@ -82,6 +82,14 @@ class Loss:
         """Return the options of the whole loss."""
         return DEFAULTS
 
+    @property
+    def activation(self) -> str:
+        """Return how logits become probabilities: "sigmoid", "softmax", or "probs": they are."""
+        known = self.__dict__.get("_activation")
+        if known is None:
+            known = self.__dict__["_activation"] = implied_activation(self.parts, self.options)
+        return known
+
     def __getstate__(self) -> dict[str, Any]:
         return {
             name: value
@@ -320,17 +328,17 @@ class Loss:
     def _problem(
         self, logits: Any, targets: Any, mask: Any, weight_map: Any
     ) -> tuple[Library, Problem]:
-        options = self.options
-        activation = "probs" if options.activation is None else "sigmoid"
-        threshold = 0.5 if options.activation is None else 0.0
-        return make_problem(logits, targets, mask, weight_map, options, activation, threshold)
+        activation = self.activation
+        threshold = 0.5 if activation == "probs" else 0.0
+        return make_problem(logits, targets, mask, weight_map, self.options, activation, threshold)
 
     @staticmethod
     def _sums(backend: Backend, problem: Problem, families: frozenset[str]) -> Any:
         """Read the volume; what is on the host is checked at once, elsewhere the value is NaN."""
         sums = backend.statistics(problem, families)
         if type(sums) is np.ndarray and np.count_nonzero(sums[:, :, _INVALID]):
-            invalid, total = sums[:, :, (_INVALID, _COUNT)].sum(axis=(0, 1)).astype(int)
+            rows = sums[:, :1] if problem.arrangement.indexed else sums
+            invalid, total = rows[:, :, (_INVALID, _COUNT)].sum(axis=(0, 1)).astype(int)
             raise_for_invalid(problem, invalid, total)
         return sums
 
@@ -408,12 +416,33 @@ class Loss:
         return value if value.ndim == 0 or self.options.reduction == "none" else value[0, 0]
 
 
+def implied_activation(parts: tuple[tuple[float, Term], ...], options: Options) -> str:
+    """Return the activation of a loss; ValueError where its terms do not fit together, or it."""
+    wanted = {term.ACTIVATION: type(term).__name__ for _, term in parts if term.ACTIVATION}
+    if len(wanted) > 1:
+        raise ValueError(
+            f"one loss has one activation: {wanted['sigmoid']} needs sigmoid and "
+            f"{wanted['softmax']} softmax"
+        )
+    given = "probs" if options.activation is None else options.activation
+    for implied, name in wanted.items():
+        # The binary cross-entropy is that of probabilities too.
+        if given not in ("auto", implied) and (given, implied) != ("probs", "sigmoid"):
+            raise ValueError(f"{name} needs {implied}, got activation={options.activation!r}")
+        return implied if given == "auto" else given
+    return "sigmoid" if given == "auto" else given
+
+
 @dataclass(frozen=True, repr=False)
 class WeightedSum(Loss):
     """A weighted sum of terms with options: what ``+``, ``*`` and `Loss.replace` return."""
 
     _parts: tuple[tuple[float, Term], ...]
     _options: Options = DEFAULTS
+
+    def __post_init__(self) -> None:
+        """Check that one activation serves all terms."""
+        implied_activation(self._parts, self._options)
 
     @property
     def parts(self) -> tuple[tuple[float, Term], ...]:

@@ -18,7 +18,9 @@ class Options:
     Parameters
     ----------
     activation
-        "auto" and "sigmoid": the predictions are logits; None: they are probabilities.
+        "sigmoid" and "softmax": the predictions are logits, of classes each for itself or of one
+        distribution over the classes of a voxel; None: they are probabilities. "auto": what the
+        terms imply, and "sigmoid" where they imply nothing.
     ignore_index
         Label of voxels that do not count; compared before ``positive``.
     positive
@@ -38,7 +40,7 @@ class Options:
         are errors. No volume is ever moved between devices.
     """
 
-    activation: Literal["auto", "sigmoid"] | None = "auto"
+    activation: Literal["auto", "sigmoid", "softmax"] | None = "auto"
     ignore_index: int | None = None
     positive: Literal["nonzero"] | int | None = None
     reduction: Literal["none", "mean", "sum"] = "mean"
@@ -48,9 +50,9 @@ class Options:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.activation not in ("auto", "sigmoid", None):
+        if self.activation not in ("auto", "sigmoid", "softmax", None):
             raise ValueError(
-                f"activation must be 'auto', 'sigmoid' or None, got {self.activation!r}"
+                f"activation must be 'auto', 'sigmoid', 'softmax' or None, got {self.activation!r}"
             )
         if self.reduction not in REDUCTIONS:
             raise ValueError(

@@ -111,6 +111,8 @@ def arrange(
         raise TypeError(f"{name} must be floating point, got {logits.dtype}")
     layout = options.layout
     predictions = with_row_axes(logits, layout, name)
+    if activation == "softmax":
+        return _arrange_softmax(predictions, targets, mask, weights, options, name)
     truth = matched(targets, "targets", predictions, layout, broadcast=False)
     if mask is not None:
         check_mask_dtype(mask.dtype)
@@ -138,6 +140,61 @@ def arrange(
         ignore,
         threshold,
         options.compute_dtype == "float64",
+    )
+
+
+def _arrange_softmax(
+    logits: Layout,
+    targets: Layout,
+    mask: Layout | None,
+    weights: Layout | None,
+    options: Options,
+    name: str,
+) -> Arrangement:
+    """Check the layouts of a call whose classes share one softmax; ``logits`` have all axes."""
+    classes, layout = logits.shape[1], options.layout
+    if classes < 2:
+        raise ValueError(
+            f"activation='softmax' needs {name} of at least 2 classes, got {classes}; one class is "
+            "activation='sigmoid'"
+        )
+    if options.positive is not None:
+        raise ValueError(
+            f"positive={options.positive!r} has no meaning with softmax: targets are class indices"
+        )
+    soft = len(targets.shape) == len(layout) + len(logits.shape) - 2 and (
+        targets.shape[layout.index("C")] == classes
+    )
+    if soft and options.ignore_index is not None:
+        raise ValueError(
+            f"ignore_index={options.ignore_index} needs targets that are class indices, got "
+            f"targets of shape {targets.shape} with an axis of classes; use mask="
+        )
+    truth = matched(targets, "targets", logits, layout, broadcast=not soft)
+    if mask is not None:
+        check_mask_dtype(mask.dtype)
+    of_voxels: list[Layout | None] = []
+    for operand, its_name in ((mask, "mask"), (weights, "weight_map")):
+        if operand is not None:
+            operand = matched(operand, its_name, logits, layout, broadcast=True)
+            if operand.strides[1] != 0:
+                raise ValueError(
+                    f"{its_name} must lack the class axis with softmax, which a voxel's classes "
+                    "share"
+                )
+        of_voxels.append(operand)
+    ignore = options.ignore_index
+    if ignore is not None:
+        ignore = as_stored(ignore, truth.dtype) if is_representable(ignore, truth.dtype) else None
+    return Arrangement(
+        logits,
+        truth,
+        of_voxels[0],
+        of_voxels[1],
+        "softmax",
+        ignore_index=ignore,
+        double=options.compute_dtype == "float64",
+        indexed=not soft,
     )
 
 
@@ -325,8 +382,10 @@ def raise_for_invalid(
     assert logits is not None and targets is not None
     voxels = f"(invalid voxels: {count} of {total})"
     as_stored = arrangement.target_mode == TARGETS_AS_STORED
-    soft = arrangement.targets.dtype in FLOAT_DTYPES and as_stored
-    for index in _slabs(arrangement.shape):
+    indexed, classes = arrangement.indexed, arrangement.shape[1]
+    soft = (arrangement.targets.dtype in FLOAT_DTYPES and as_stored) and not indexed
+    shape = (arrangement.shape[0], 1, *arrangement.shape[2:]) if indexed else arrangement.shape
+    for index in _slabs(shape):
         seen = _readable(targets[index], arrangement.targets.dtype)
         kept = np.ones(seen.shape, bool)
         if arrangement.ignore_index is not None:
@@ -339,9 +398,16 @@ def raise_for_invalid(
         if mask is not None:
             kept &= mask[index] != 0
         allowed = (seen >= 0) & (seen <= 1) if soft else (seen == 0) | (seen == 1)
+        if indexed:
+            allowed = (seen >= 0) & (seen < classes) & (seen == np.floor(seen))
         if not as_stored:
             allowed = seen == seen
         wrong = seen[kept & ~allowed]
+        if wrong.size and indexed:
+            raise ValueError(
+                f"targets must be class indices in [0, {classes}), got {wrong[0]} {voxels}; "
+                "ignore_index= leaves out a label that is no class"
+            )
         if wrong.size:
             raise ValueError(
                 f"targets must be {'in [0, 1]' if soft else '0 or 1'}, got {wrong[0]} {voxels}"

@@ -73,6 +73,9 @@ class Term(Loss):
     classes: tuple[int, ...] | None = None
     class_weights: tuple[float, ...] | None = None
 
+    ACTIVATION: ClassVar[str] = ""
+    """The activation that the term needs: "sigmoid", "softmax", or "": it takes either."""
+
     def __post_init__(self) -> None:
         """Check the options and make sequences hashable."""
         _tuple_of(self, "classes", Integral, "indices")
@@ -160,6 +163,8 @@ class BCE(Term):
     pos_weight: float = 1.0
     normalize: Literal["valid", "all"] | None = "valid"
 
+    ACTIVATION: ClassVar[str] = "sigmoid"
+
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
@@ -176,6 +181,66 @@ class BCE(Term):
             "kind": KINDS.index("bce"),
             "pos_weight": self.pos_weight,
             "normalize": NORMALIZE.index(self.normalize or "sum"),
+        }
+
+
+@dataclass(frozen=True, repr=False)
+class CrossEntropy(Term):
+    r"""Cross-entropy of the classes of a voxel, the negative log-likelihood of a softmax.
+
+    .. math:: -\sum_i \sum_c w_c\, p'_{ic} \log q_{ic},
+              \qquad p' = (1 - \epsilon)\, p + \epsilon / C
+
+    with q the softmax of the logits over the classes, and p 1 for the class of the target and 0 for
+    the others, or soft.
+
+    Parameters
+    ----------
+    label_smoothing
+        The share epsilon of every target that is spread over all classes, in [0, 1].
+    normalize
+        "valid": divide by the number of valid voxels (of the batch for ``reduction="mean"``, of
+        each sample else); "all": by the number of all voxels; "weights": by the sum of the weights
+        of the voxels' classes, as PyTorch does for class indices; None: the sum per sample;
+        ``reduction="mean"`` then averages these sums.
+    classes, class_weights
+        See `Term`. Voxels of other classes than ``classes`` have no part in it.
+
+    Notes
+    -----
+    ``reduction="none"`` gives the part of each class, whose sum is the sample's loss.
+
+    Examples
+    --------
+    >>> import numpy as np, fastseg as fs
+    >>> logits = np.array([[[2.0], [0.0], [0.0]]], np.float32)  # (1, 3, 1)
+    >>> round(float(fs.CrossEntropy()(logits, np.array([[0]]))), 5)
+    0.23954
+    """
+
+    label_smoothing: float = 0.0
+    normalize: Literal["valid", "all", "weights"] | None = "valid"
+
+    ACTIVATION: ClassVar[str] = "softmax"
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        _not_negative(self, "label_smoothing")
+        if self.label_smoothing > 1:
+            raise ValueError(f"label_smoothing must be in [0, 1], got {self.label_smoothing}")
+        _choice("normalize", self.normalize, ("valid", "all", "weights", None))
+
+    def needs(self) -> frozenset[str]:
+        """Need the sum over all classes only where targets are smoothed."""
+        return frozenset({"ce", "ce_uniform"} if self.label_smoothing else {"ce"})
+
+    def row(self) -> dict[str, float]:
+        """Return the term's entries in the table."""
+        return {
+            "kind": KINDS.index("cross_entropy"),
+            "normalize": NORMALIZE.index(self.normalize or "sum"),
+            "smoothing": self.label_smoothing,
         }
 
 

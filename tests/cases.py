@@ -25,6 +25,21 @@ LOSSES = [
     fs.BCE(pos_weight=0.5) + fs.Tversky() + 0.25 * fs.SoftDice(empty="skip"),
 ]
 
+SOFTMAX_LOSSES = [
+    loss.replace(activation="softmax")
+    for loss in (
+        fs.CrossEntropy(),
+        fs.CrossEntropy(label_smoothing=0.1, normalize=None),
+        fs.CrossEntropy(class_weights=(1.0, 0.5, 3.0), normalize="weights"),
+        fs.CrossEntropy(classes=(1, 2), normalize="all"),
+        fs.SoftJaccard(),
+        fs.SoftDice(classes=(1, 2), scope="batch", smooth_num=1e-5, smooth_den=1e-5),
+        fs.CrossEntropy() + 2.0 * fs.SoftJaccard(),
+        fs.CrossEntropy(label_smoothing=0.2)
+        + fs.Tversky(alpha=0.3, beta=0.7, link="log", eps=1e-7),
+    )
+]
+
 # (N, C, *spatial): one voxel, primes, no spatial axes, several tiles (256) and stages (2048).
 SHAPES = [
     (1, 1, 1),

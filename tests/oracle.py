@@ -28,11 +28,18 @@ def evaluate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the value, () or (N, C), and the gradient of its sum, for arrays (N, C, *spatial)."""
     x = np.asarray(logits, np.float64)
-    p = np.broadcast_to(np.asarray(targets, np.float64), x.shape)
     valid = np.ones(x.shape, bool)
     options = loss.options
-    if options.ignore_index is not None:
-        valid &= p != options.ignore_index
+    softmax = loss.activation == "softmax"
+    if softmax and np.shape(targets) != x.shape:  # class indices
+        y = np.asarray(targets, np.float64).reshape(x.shape[0], *x.shape[2:])
+        if options.ignore_index is not None:
+            valid &= (y != options.ignore_index)[:, None]
+        p = ref.one_hot(y, x.shape[1])
+    else:
+        p = np.broadcast_to(np.asarray(targets, np.float64), x.shape)
+        if options.ignore_index is not None:
+            valid &= p != options.ignore_index
     if mask is not None:
         valid &= np.broadcast_to(np.asarray(mask), x.shape) != 0
     if options.positive == "nonzero":
@@ -48,8 +55,10 @@ def evaluate(
     value: Any = 0.0
     grad = np.zeros(x.shape)
     for factor, term in loss.parts:
-        part = _bce if isinstance(term, fs.BCE) else _region
-        term_value, term_grad = part(term, x, p, weight, valid, probs, options.reduction)
+        part = _ce if softmax else _bce
+        if isinstance(term, fs.RegionTerm):
+            part = _region
+        term_value, term_grad = part(term, x, p, weight, valid, loss.activation, options.reduction)
         value = value + factor * term_value
         grad += factor * term_grad
     return np.asarray(value), np.where(valid, grad, 0.0)
@@ -67,7 +76,39 @@ def _class_weights(term: fs.Term, classes: int) -> tuple[np.ndarray, np.ndarray]
     return selected[None], weights[None]
 
 
-def _bce(term, x, p, weight, valid, probs, reduction):
+def _ce(term, x, p, weight, valid, activation, reduction):
+    sums, share, T = _ce_parts(term, x, p, weight, valid, reduction)
+    value = share[:, None] * sums
+    grad = _expand(np.broadcast_to(share[:, None], sums.shape), x)
+    grad = grad * ref.cross_entropy_gradient(x, T)
+    return (value if reduction == "none" else value.sum()), grad
+
+
+def _ce_parts(term, x, p, weight, valid, reduction):
+    """Return the sums of rows, the factor of each sample, and the targets."""
+    selected, class_weight = _class_weights(term, x.shape[1])
+    used = np.where(selected, class_weight, 0.0).reshape(1, -1, *(1,) * (x.ndim - 2))
+    share = term.label_smoothing
+    T = weight * used * ((1 - share) * p + np.where(valid, share / x.shape[1], 0.0))
+    sums = np.where(T > 0, T * ref.softmax_nll(x), 0.0).sum(_spatial(x))
+    count = valid[:, 0].reshape(len(x), -1).sum(1)
+    divisor = {
+        "valid": count,
+        "all": np.full(count.shape, np.prod(x.shape[2:])),
+        "weights": (weight * used * p).reshape(len(x), -1).sum(1),
+        None: np.ones(count.shape),
+    }[term.normalize]
+    kept = count > 0
+    if reduction == "mean":
+        total = kept.sum() if term.normalize is None else divisor[kept].sum()
+        divisor = np.full(count.shape, total, np.float64)
+    with np.errstate(divide="ignore"):
+        share = np.where(kept & (divisor > 0), 1.0 / divisor, 0.0)
+    return sums, share, T
+
+
+def _bce(term, x, p, weight, valid, activation, reduction):
+    probs = activation == "probs"
     voxel = ref.bce if probs else ref.bce_with_logits
     slope = ref.bce_gradient if probs else ref.bce_with_logits_gradient
     sums = np.where(weight > 0, weight * voxel(x, p, term.pos_weight), 0.0).sum(_spatial(x))
@@ -90,8 +131,15 @@ def _bce(term, x, p, weight, valid, probs, reduction):
     return (value if reduction == "none" else value.sum()), grad
 
 
-def _region(term, x, p, weight, valid, probs, reduction):
-    q = x if probs else ref.sigmoid(x)
+def _region(term, x, p, weight, valid, activation, reduction):
+    value, dq = _region_of_probs(term, x, p, weight, valid, activation, reduction)
+    if activation == "softmax":
+        return value, ref.softmax_gradient(dq, x)
+    return value, (dq if activation == "probs" else ref.gradient_wrt_logits(dq, x))
+
+
+def _region_of_probs(term, x, p, weight, valid, activation, reduction):
+    q = {"probs": lambda x: x, "sigmoid": ref.sigmoid, "softmax": ref.softmax}[activation](x)
     batch = term.scope == "batch"
     if batch:  # all voxels of the batch are one sample
         fold = lambda a: np.moveaxis(a, 0, 1).reshape(1, a.shape[1], -1)  # noqa: E731
@@ -137,5 +185,29 @@ def _region(term, x, p, weight, valid, probs, reduction):
     dq = _expand(dvalue, dscore) * np.where(_expand(dvalue != 0, dscore), dscore, 0.0)
     if batch:
         dq = np.moveaxis(dq.reshape(x.shape[1], x.shape[0], *x.shape[2:]), 1, 0)
-    grad = dq if probs else ref.gradient_wrt_logits(dq, x)
-    return (value if reduction == "none" else value.sum()), grad
+    return (value if reduction == "none" else value.sum()), dq
+
+
+def softmax_magnitude(loss: fs.Loss, logits: Any, targets: Any) -> np.ndarray:
+    """Return the sum of the magnitudes of what is added up to the gradient, by class and voxel."""
+    x = np.asarray(logits, np.float64)
+    p = np.asarray(targets, np.float64)
+    if p.shape != x.shape:
+        p = ref.one_hot(p.reshape(x.shape[0], *x.shape[2:]), x.shape[1])
+    ones, q = np.ones(x.shape), ref.softmax(x)
+    rest = 1 - q
+    top = np.expand_dims(x.argmax(1), 1)
+    is_top = np.arange(x.shape[1]).reshape(1, -1, *(1,) * (x.ndim - 2)) == top
+    total = np.zeros(x.shape)
+    for factor, term in loss.parts:
+        arguments = (term, x, p, ones, ones > 0, "softmax", loss.options.reduction)
+        if isinstance(term, fs.RegionTerm):
+            h = _region_of_probs(*arguments)[1]
+            # h_c - h_top of the class, and of all classes in their mean; each h was rounded.
+            sizes = np.where(is_top, 0.0, np.abs(h) + np.abs(np.take_along_axis(h, top, 1)))
+            total += abs(factor) * q * (sizes + (q * sizes).sum(1, keepdims=True))
+        else:
+            _, share, T = _ce_parts(term, x, p, ones, ones > 0, loss.options.reduction)
+            parts = q * (T.sum(1, keepdims=True) - T) + T * rest
+            total += abs(factor) * _expand(np.broadcast_to(share[:, None], x.shape[:2]), x) * parts
+    return total

@@ -26,6 +26,7 @@ from fastseg_kernels.cpu.elementary import (
     FLOAT32,
     FLOAT64,
     make_exp_negative,
+    make_exp_ratio,
     make_log,
     make_log1p,
 )
@@ -204,6 +205,42 @@ def test_exp_negative_of_special_values(real):
     x = np.array([0, limits.smallest_subnormal, limits.tiny, limits.max, np.inf, np.nan], T)
     got = apply(made(make_exp_negative, real), x)
     np.testing.assert_array_equal(got, np.array([1, 1, 1, 0, 0, np.nan], T))
+
+
+@pytest.mark.parametrize("real", [FLOAT32, FLOAT64], ids=["float32", "float64"])
+def test_exp_ratio_errs_as_exp_does_however_large_its_argument(real):
+    """exp(x) over a power of two near exp(m): no rounding of x - m is in it."""
+    T = real.scalar
+    reference_of, exp_ratio = make_exp_ratio(real)
+
+    @njit(error_model="numpy")
+    def ratios(x, m, out, references):
+        for i in range(x.size):
+            references[i] = reference_of(m[i])
+            out[i] = exp_ratio(x[i], references[i])
+
+    rng = np.random.default_rng(0)
+    size = 200_000 if T is np.float32 else 2000
+    m = rng.uniform(-256, 256, size).astype(T)
+    x = (m - rng.uniform(0, 80, size).astype(T)).astype(T)
+    x[:9] = m[:9]
+    got, references = np.empty_like(x), np.empty(size, real.integer)
+    ratios(x, m, got, references)
+    powers = (np.round(m.astype(np.float64) / np.log(2.0))).astype(int)
+    with mpmath.workdps(40):
+        exact = [mpmath.exp(mpmath.mpf(float(a))) / mpmath.mpf(2) ** int(n)
+                 for a, n in zip(x[:2000], powers[:2000], strict=True)]  # fmt: skip
+    unit = np.array([float(mpmath.mpf(2) ** (int(mpmath.floor(mpmath.log(v, 2)))
+                     - real.fraction_bits)) for v in exact])  # fmt: skip
+    errors = np.array([float(abs(mpmath.mpf(float(g)) - v))
+                       for g, v in zip(got[:2000], exact, strict=True)]) / unit  # fmt: skip
+    assert errors.max() <= 1.05
+    if T is np.float32:
+        wide = np.exp(x.astype(np.float64) - powers * np.log(2.0))
+        assert error_ulp(got, wide).max() <= 1.05
+    assert (got[:9] >= 0.7).all() and (got[:9] <= 1.42).all()
+    ratios(np.array([-2048.0, np.nan], T), np.zeros(2, T), got[:2], references[:2])
+    np.testing.assert_array_equal(got[:2], np.array([0, np.nan], T))
 
 
 @strides

@@ -109,7 +109,7 @@ BAD: list[Row] = [
     (lambda: LOSS.replace(layout="N")(X, T[0]), ValueError, "targets must have shape"),
     # options
     (lambda: LOSS.replace(layout="NHWC"), ValueError, "layout must be 'NC', 'N', 'C' or '', got 'NHWC'"),
-    (lambda: LOSS.replace(activation="softmax"), ValueError, "activation must be 'auto', 'sigmoid'"),
+    (lambda: LOSS.replace(activation="tanh"), ValueError, "activation must be 'auto', 'sigmoid'"),
     (lambda: LOSS.replace(reduction="avg"), ValueError, "reduction must be one of none, mean, sum"),
     (lambda: LOSS.replace(ignore_index=1.5), ValueError, "ignore_index must be an integer or None"),
     (lambda: LOSS.replace(ignore_index=True), ValueError, "ignore_index must be an integer"),

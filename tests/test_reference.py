@@ -88,7 +88,7 @@ def gradient_of(name, probs, targets, weights=None, **smoothing):
 
 
 def test_reference_exports_every_public_function():
-    modules = ["cross_entropy", "hard", "links", "logistic", "overlap", "updates"]
+    modules = ["cross_entropy", "hard", "links", "logistic", "multiclass", "overlap", "updates"]
     expected = set()
     for name in modules:
         module = importlib.import_module(f"fastseg_kernels.reference.{name}")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastseg as fs
-from cases import LOSSES, make
+from cases import LOSSES, SOFTMAX_LOSSES, make
 from fastseg_kernels import constants
 from fastseg_kernels.cpu.points import Variant
 from fastseg_kernels.cpu.tiles import make_tile_sums
@@ -32,6 +32,7 @@ OPTIONS = {
     "scope": "batch",
     "empty": "skip",
     "eps": 1e-7,
+    "label_smoothing": 0.2,
 }
 
 
@@ -53,7 +54,7 @@ def test_every_term_is_found():
     assert {fs.BCE, fs.SoftJaccard, fs.SoftDice, fs.Tversky} <= set(TERMS)
     covered = {field.name for cls in TERMS for field in fields(cls)}
     assert covered - {"link", "gamma"} <= set(OPTIONS), "give the new option a value in OPTIONS"
-    tested = {type(term) for loss in LOSSES for _, term in loss.parts}
+    tested = {type(term) for loss in (*LOSSES, *SOFTMAX_LOSSES) for _, term in loss.parts}
     assert set(TERMS) <= tested, "put the new loss into LOSSES of cases.py"
 
 
@@ -69,9 +70,19 @@ def check_gradient(loss, grad, logits, targets, **extra) -> None:
     np.testing.assert_allclose(grad, expected, rtol=2e-6, atol=2e-9)
 
 
-@pytest.mark.parametrize("activation", ["sigmoid", None], ids=str)
+def activations(term: fs.Term) -> list[str | None]:
+    """Return what a term may be combined with."""
+    if term.ACTIVATION:
+        return [term.ACTIVATION, *([None] if term.ACTIVATION == "sigmoid" else [])]
+    return ["sigmoid", None, "softmax"]
+
+
 @pytest.mark.parametrize("target", [np.uint8, np.float64])
-@pytest.mark.parametrize("term", ALL, ids=repr)
+@pytest.mark.parametrize(
+    ("term", "activation"),
+    [(term, activation) for term in ALL for activation in activations(term)],
+    ids=lambda value: str(value),
+)
 def test_gradient_equals_finite_differences(term, target, activation):
     logits, targets = make((2, 3, 7), np.float64, target)
     if activation is None:
@@ -79,6 +90,11 @@ def test_gradient_equals_finite_differences(term, target, activation):
     weights = np.random.default_rng(6).uniform(0.5, 2.0, logits.shape)
     mask = np.random.default_rng(7).random(logits.shape) < 0.9
     mask[:, :, 0] = True
+    if activation == "softmax":  # these are of voxels, and labels are class indices
+        weights, mask = weights[:, 0], mask[:, :1]
+        if target is np.uint8:
+            targets = np.random.default_rng(8).integers(0, 3, (2, 7))
+            targets[:, :3] = 0, 1, 2
     loss = term.replace(activation=activation)
     for extra in ({}, {"weight_map": weights, "mask": mask}):
         grad = loss.value_and_grad(logits, targets, **extra)[1]

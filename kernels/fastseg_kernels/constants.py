@@ -36,6 +36,8 @@ FAMILY_COLUMNS = {
     "overlap": ("true_positive_sum", "false_negative_sum", "false_positive_sum"),
     "bce": ("bce_sum",),
     "bce_split": ("bce_pos_sum", "bce_neg_sum"),
+    "ce": ("ce_sum",),
+    "ce_uniform": ("ce_uniform_sum",),
     "hard": ("hard_true_positives", "hard_false_positives", "hard_false_negatives", "undefined"),
 }
 
@@ -57,20 +59,22 @@ def columns(families: frozenset[str]) -> tuple[str, ...]:
 # Neither is formed as a difference: a loss near 0 keeps its digits, and a score near 0 too.
 TERM_FIELDS = (
     "kind", "weight", "hits_i", "hits_f", "hits_g", "hits_0", "errors_f", "errors_g", "errors_0",
-    "eps", "link", "gamma", "batch", "empty", "pos_weight", "normalize",
+    "eps", "link", "gamma", "batch", "empty", "pos_weight", "normalize", "smoothing",
 )  # fmt: skip
-KINDS = ("bce", "region")
+KINDS = ("bce", "region", "cross_entropy")
 LINKS = ("one_minus", "negative", "log", "power")
 EMPTY = ("formula", "one", "zero", "skip")
-NORMALIZE = ("sum", "valid", "all")
+NORMALIZE = ("sum", "valid", "all", "weights")
 REDUCTIONS = ("none", "mean", "sum")
 
 COEFFICIENTS = 4
 """Per row, what the gradient kernel needs (``cpu/points.py`` has the formula): dL/dq of the region
-terms on the foreground and off it, and the weight of the BCE on the foreground and off it."""
+terms on the foreground and off it, and the weight of the BCE on the foreground and off it. With
+softmax (``cpu/softmax.py``) the last two are the weights of the cross-entropy."""
 
 PICKED = (
     "voxels", "count", "targets_sum", "true_positive_sum", "false_negative_sum",
-    "false_positive_sum", "bce_sum", "bce_pos_sum", "bce_neg_sum", "invalid",
+    "false_positive_sum", "bce_sum", "bce_pos_sum", "bce_neg_sum", "invalid", "ce_sum",
+    "ce_uniform_sum",
 )  # fmt: skip
 """The sums that terms are made of, in the order in which ``evaluate`` takes them."""

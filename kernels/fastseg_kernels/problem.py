@@ -26,12 +26,13 @@ class Arrangement:
     targets: Layout
     mask: Layout | None = None
     weights: Layout | None = None
-    activation: str = "sigmoid"  # or "probs": the predictions are probabilities
+    activation: str = "sigmoid"  # or "softmax", or "probs": the predictions are probabilities
     target_mode: int = 0  # one of the TARGETS_ constants
     positive: int = 0  # the label of TARGETS_EQUAL
     ignore_index: int | None = None
     threshold: float = 0.0  # of a hard prediction, in the units of ``logits``
     double: bool = False  # compute in float64 whatever the logits are
+    indexed: bool = False  # with softmax: targets are class indices, and have class stride 0
 
     @property
     def real(self) -> str:

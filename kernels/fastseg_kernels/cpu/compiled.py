@@ -204,6 +204,16 @@ def inlined(body: Callable[..., Any]) -> Any:
     return njit(**OPTIONS, forceinline=True)(body)
 
 
+def pasted(body: Callable[..., Any]) -> Any:
+    """Decorate a function with loops that is pasted into its callers before anything is compiled.
+
+    What is only `inlined` is optimised by itself first: its loops by what is known of its arguments
+    alone (which may overlap), with vectors of the length that LLVM prefers.
+    """
+    _name_by_content(body)
+    return njit(**OPTIONS, inline="always")(body)
+
+
 class Kernel:
     """A compiled kernel ``kernel(job, first, last)``: process the tasks [first, last) of a job.
 

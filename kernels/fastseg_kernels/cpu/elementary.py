@@ -43,6 +43,15 @@ FLOAT64 = Real(
 REALS = {"float32": FLOAT32, "float64": FLOAT64}
 
 
+def _log_constants(real: Real) -> tuple[Any, Any, Any]:
+    """Return log2(e), and ln 2 as the sum of two numbers, the first of them ln 2 rounded."""
+    T = real.scalar
+    high = T(math.log(2))
+    # For float64 the remainder is beyond math.log.
+    low = T(math.log(2) - float(high)) if T is np.float32 else T(2.3190468138462996e-17)
+    return T(1 / math.log(2)), high, low
+
+
 def _horner(coefficients: tuple[Any, ...]) -> Any:
     """Return a function of x for c0 + c1 x + c2 x^2 + ..., unrolled at compile time."""
     last = coefficients[-1]
@@ -75,10 +84,7 @@ def make_exp_negative(real: Real) -> Any:
     2^n, and 0 where 2^n would no longer be a normal number.
     """
     T, I = real.scalar, real.integer  # noqa: E741
-    log2_e = T(1 / math.log(2))
-    ln2_high = T(math.log(2))
-    # ln 2 to twice the precision; for float64 the remainder is beyond math.log.
-    ln2_low = T(math.log(2) - float(ln2_high)) if T is np.float32 else T(2.3190468138462996e-17)
+    log2_e, ln2_high, ln2_low = _log_constants(real)
     rounder = T(1.5 * 2.0**real.fraction_bits + real.exponent_bias)
     limit, one = T(real.exp_limit), T(1)
     shift = I(real.fraction_bits)
@@ -94,6 +100,35 @@ def make_exp_negative(real: Real) -> Any:
         return fma(fma(polynomial(r), r, one), r, one) * scale
 
     return exp_negative
+
+
+def make_exp_ratio(real: Real) -> tuple[Any, Any]:
+    """Return ``reference_of(m)`` and ``exp_ratio(x, reference) = exp(x) / 2^round(m / ln 2)``.
+
+    For m and x of at most 2^12; 0 where the result would be subnormal, NaN for NaN. Maximum error:
+    1.05 ulp. The ratio of two such numbers is exp of a difference that was never rounded:
+    exp(-(m - x)) itself errs by (m - x) / 2 ulp.
+    """
+    T, I = real.scalar, real.integer  # noqa: E741
+    log2_e, ln2_high, ln2_low = _log_constants(real)
+    rounder, one = T(1.5 * 2.0**real.fraction_bits), T(1)
+    bias, shift, zero = I(real.exponent_bias), I(real.fraction_bits), I(0)
+    polynomial = _horner(tuple(T(c) for c in real.exp_coefficients))
+
+    @inlined
+    def reference_of(m):  # type: ignore[no-untyped-def]
+        return I(bits_of(fma(m, log2_e, rounder)) - bias)
+
+    @inlined
+    def exp_ratio(x, reference):  # type: ignore[no-untyped-def]
+        shifted = fma(x, log2_e, rounder)
+        n = shifted - rounder
+        r = fma(n, -ln2_low, fma(n, -ln2_high, x))
+        exponent = I(bits_of(shifted) - reference)
+        exponent = exponent if exponent > zero else zero
+        return fma(fma(polynomial(r), r, one), r, one) * from_bits(I(exponent << shift))
+
+    return reference_of, exp_ratio
 
 
 def make_log1p(real: Real) -> Any:

@@ -33,13 +33,14 @@ HITS_I, HITS_F, HITS_G, HITS_0 = (_AT[f"hits_{n}"] for n in "ifg0")
 ERRORS_F, ERRORS_G, ERRORS_0 = (_AT[f"errors_{n}"] for n in "fg0")
 BATCH, EMPTY_RULE = _AT["batch"], _AT["empty"]
 POS_WEIGHT, NORMALIZATION = _AT["pos_weight"], _AT["normalize"]
+SMOOTHING = _AT["smoothing"]
 NEGATIVE, LOG, POWER = LINKS.index("negative"), LINKS.index("log"), LINKS.index("power")
-BCE, REGION = KINDS.index("bce"), KINDS.index("region")
+BCE, REGION, CROSS_ENTROPY = (KINDS.index(n) for n in ("bce", "region", "cross_entropy"))
 FORMULA, ONE, SKIP = EMPTY.index("formula"), EMPTY.index("one"), EMPTY.index("skip")
-BY_VALID, BY_ALL = NORMALIZE.index("valid"), NORMALIZE.index("all")
+BY_VALID, BY_ALL, BY_WEIGHTS = (NORMALIZE.index(n) for n in ("valid", "all", "weights"))
 NONE, MEAN = 0, 1  # of constants.REDUCTIONS
 
-VOXELS, COUNT, P, INNER, F, G, BCE_ALL, BCE_POS, BCE_NEG, _ = range(len(PICKED))
+VOXELS, COUNT, P, INNER, F, G, BCE_ALL, BCE_POS, BCE_NEG, _, CE, CE_UNIFORM = range(len(PICKED))
 SUMS = len(PICKED)
 
 
@@ -178,6 +179,63 @@ def add_bce(term, sums, columns, class_weights, reduction, scale, values, coeffi
     return total
 
 
+@function
+def _ce_divisor(term, sums, columns, class_weights, n, row):  # type: ignore[no-untyped-def]
+    """Return what a sample's cross-entropy is divided by, and whether it has a voxel at all."""
+    total, voxels = 0.0, 0.0
+    for c in range(sums.shape[1]):
+        _collect(sums, columns, n, c, False, row)
+        voxels = max(voxels, row[VOXELS] if term[NORMALIZATION] == BY_ALL else row[COUNT])
+        if class_weights[c] == class_weights[c]:  # not NaN
+            total += class_weights[c] * row[P]
+    if term[NORMALIZATION] == BY_WEIGHTS:
+        return total, voxels > 0.0
+    return voxels, voxels > 0.0
+
+
+@function
+def add_ce(term, sums, columns, class_weights, reduction, scale, values, coefficients):  # type: ignore[no-untyped-def]
+    """Evaluate a cross-entropy over softmax; as `add_bce`."""
+    samples, classes = sums.shape[0], sums.shape[1]
+    summed = term[NORMALIZATION] not in (BY_ALL, BY_VALID, BY_WEIGHTS)
+    smoothing = term[SMOOTHING]
+    row = stack_array(SUMS, np.float64)
+    kept, whole = 0, 0.0
+    for n in range(samples):
+        divisor, present = _ce_divisor(term, sums, columns, class_weights, n, row)
+        if present:
+            kept += 1
+            whole += divisor
+    total = 0.0
+    for n in range(samples):
+        divisor, present = _ce_divisor(term, sums, columns, class_weights, n, row)
+        if not present:
+            continue
+        if summed:
+            share = 1.0 / kept if reduction == MEAN else 1.0
+        else:
+            divisor = whole if reduction == MEAN else divisor
+            share = 1.0 / divisor if divisor != 0.0 else 0.0
+        for c in range(classes):
+            if class_weights[c] != class_weights[c]:
+                continue
+            _collect(sums, columns, n, c, False, row)
+            factor = class_weights[c] * share
+            own, everyone = factor * (1.0 - smoothing), factor * smoothing / classes
+            value = 0.0
+            if own != 0.0:
+                value += own * row[CE]
+            if everyone != 0.0:
+                value += everyone * row[CE_UNIFORM]
+            total += value
+            if reduction == NONE:
+                values[n, c] = value
+            scaled = term[WEIGHT] * scale[n, c]
+            coefficients[n, c, 2] += scaled * own
+            coefficients[n, c, 3] += scaled * everyone
+    return total
+
+
 @cache
 def _compiled() -> Any:
     matrix, cube = float64[:, ::1], float64[:, :, ::1]
@@ -192,6 +250,8 @@ def _compiled() -> Any:
             total = np.nan
             if term[KIND] == BCE:
                 total = add_bce(term, sums, columns, weights[k], reduction, scale, values, out)
+            elif term[KIND] == CROSS_ENTROPY:
+                total = add_ce(term, sums, columns, weights[k], reduction, scale, values, out)
             elif term[KIND] == REGION:
                 total = add_region(term, sums, columns, weights[k], reduction, scale, values, out)
             else:  # nobody wrote a branch for it

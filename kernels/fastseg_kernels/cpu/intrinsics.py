@@ -62,6 +62,48 @@ def from_bits(typing_context: Any, x: Any) -> tuple[Any, Callable[..., Any]]:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def select(typing_context: Any, condition: Any, a: Any, b: Any) -> tuple[Any, Callable[..., Any]]:
+    """Return ``a if condition else b`` without a branch.
+
+    LLVM takes ``x[i] = a if condition else x[i]`` for a store under a condition, of which it makes
+    shorter vectors or none.
+    """
+    _require(condition == types.boolean and a == b, "select takes two of one type,", (a, b))
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(*args)
+
+    return a(condition, a, b), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def is_same(typing_context: Any, a: Any, b: Any) -> tuple[Any, Callable[..., Any]]:
+    """Return ``a == b`` for integers of one type, compared in that type.
+
+    Numba compares int32 in 64 bits, by which LLVM then halves the vectors of the loop.
+    """
+    _require(isinstance(a, types.Integer) and a == b, "is_same takes integers of one type,", (a, b))
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.icmp_signed("==", *args)
+
+    return types.boolean(a, b), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def is_inside(typing_context: Any, a: Any, end: Any) -> tuple[Any, Callable[..., Any]]:
+    """Return ``0 <= a < end`` for integers of one type (``end`` not negative); as `is_same`."""
+    _require(
+        isinstance(a, types.Integer) and a == end, "is_inside takes integers of one type,", (a, end)
+    )
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.icmp_unsigned("<", *args)
+
+    return types.boolean(a, end), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def pointer_to(typing_context: Any, address: Any, dtype: Any) -> tuple[Any, Callable[..., Any]]:
     """Return ``address`` (an integer) as a pointer to elements of the NumPy type ``dtype``.
 
@@ -126,6 +168,23 @@ def wide_vectors(typing_context: Any) -> tuple[Any, Callable[..., Any]]:
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(typing_context: Any, address: Any) -> tuple[Any, Callable[..., Any]]:
+    """Ask for the cache line at an address, which may be anywhere: nothing is read."""
+    _require(isinstance(address, types.Integer), "prefetch takes an integer address,", address)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = builder.module.declare_intrinsic("llvm.prefetch", (byte,), kind)
+        to_read, into_all_caches, data = number(0), number(3), number(1)
+        line = builder.inttoptr(args[0], byte)
+        builder.call(function, (line, to_read, into_all_caches, data))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]

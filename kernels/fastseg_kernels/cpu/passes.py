@@ -16,11 +16,12 @@ from fastseg_kernels.constants import (
     TARGETS_AS_STORED,
     columns,
 )
-from fastseg_kernels.cpu import threads
+from fastseg_kernels.cpu import overlap, softmax, threads
 from fastseg_kernels.cpu.compiled import Kernel
 from fastseg_kernels.cpu.operands import fill_operand
-from fastseg_kernels.cpu.overlap import block_length, gradient_kernel, statistics_kernel
+from fastseg_kernels.cpu.overlap import block_length
 from fastseg_kernels.cpu.points import Variant
+from fastseg_kernels.cpu.softmax_stage import MOST_CLASSES, tile_load_kernel
 from fastseg_kernels.cpu.stage import EXCLUDED_INPUT, JOB, load_kernel, store_kernel
 from fastseg_kernels.problem import Arrangement, Problem
 from fastseg_kernels.views import Geometry, Layout, View, merge_layouts
@@ -33,6 +34,7 @@ class _Plan(NamedTuple):
     """What of a call depends on its arrangement alone."""
 
     words: NDArray[np.int64]  # one job record, all but addresses and values filled in
+    module: Any  # whose kernels these are: `overlap` or `softmax`
     variant: Variant
     tasks: int
     blocks: int
@@ -78,6 +80,8 @@ def fill_geometry(record: Any, layouts: dict[str, Layout]) -> Geometry:
 
 @lru_cache(maxsize=1024)
 def _plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
+    if arrangement.activation == "softmax":
+        return _softmax_plan(arrangement, out)
     logits, targets, shape = arrangement.logits, arrangement.targets, arrangement.shape
     real = arrangement.real
     as_stored = arrangement.target_mode == TARGETS_AS_STORED
@@ -129,9 +133,44 @@ def _plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
     blocks = int(record["blocks"])
     tasks = shape[0] * groups * blocks
     variant = Variant(real, kind, arrangement.activation)
-    kernel = None if out is None else gradient_kernel(variant)
+    kernel = None if out is None else overlap.gradient_kernel(variant)
     share = prod(shape) >= SHARED_FROM
-    return _Plan(job.view(np.int64), variant, tasks, blocks, share, {}, kernel, [])
+    return _Plan(job.view(np.int64), overlap, variant, tasks, blocks, share, {}, kernel, [])
+
+
+def _softmax_plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
+    """Return the plan where a task is a block of voxels with all of its classes."""
+    logits, shape, real = arrangement.logits, arrangement.shape, arrangement.real
+    if shape[1] > MOST_CLASSES:
+        raise ValueError(f"at most {MOST_CLASSES} classes are supported, got {shape[1]}")
+    job = np.zeros(1, JOB)
+    record = job[0]
+    layouts = {
+        name: layout
+        for name, layout in zip(OPERANDS, (*arrangement.layouts, out), strict=True)
+        if layout is not None
+    }
+    geometry = fill_geometry(record, layouts)
+    voxels, tile = prod(shape[2:]), softmax.tile_length(shape[1])
+    record["classes"], record["voxels"], record["inner_classes"] = shape[1], voxels, tile
+    record["block"] = block = softmax.block_length(voxels, shape[1])
+    record["blocks"] = blocks = -(-voxels // block)
+    is_plain = arrangement.mask is None and arrangement.weights is None
+    has_ignore = arrangement.ignore_index is not None
+    record["direct"] = (
+        is_plain and not has_ignore and logits.dtype == real and _is_run(geometry, 0, logits)
+    )
+    record["has_ignore"], record["ignore_label"] = has_ignore, arrangement.ignore_index or 0
+    record["load"] = tile_load_kernel(real, arrangement.indexed).address
+    if out is not None:
+        record["in_place"] = out.dtype == real and _is_run(geometry, len(layouts) - 1, out)
+        record["store"] = store_kernel(real).address
+    targets = "indexed" if arrangement.indexed else "soft"
+    weighted = "weighted_" if arrangement.weights is not None else ""
+    variant = Variant(real, weighted + targets, "softmax")
+    kernel = None if out is None else softmax.gradient_kernel(variant)
+    tasks, share = shape[0] * blocks, prod(shape) >= SHARED_FROM
+    return _Plan(job.view(np.int64), softmax, variant, tasks, blocks, share, {}, kernel, [])
 
 
 def _take_job(plan: _Plan, addresses: tuple[int, ...]) -> tuple[NDArray[np.int64], int]:
@@ -163,7 +202,7 @@ def statistics(problem: Problem, families: frozenset[str]) -> NDArray[np.float64
     arrangement = problem.arrangement
     plan = _plan(arrangement, None)
     if families not in plan.kernels:
-        kernel = statistics_kernel(plan.variant._replace(families=families))
+        kernel = plan.module.statistics_kernel(plan.variant._replace(families=families))
         shape = (*arrangement.shape[:2], plan.blocks, len(columns(families)))
         plan.kernels[families] = kernel, shape
     kernel, shape = plan.kernels[families]
@@ -191,7 +230,8 @@ def gradient(problem: Problem, coefficients: NDArray[np.float64], out: View) -> 
     job = _take_job(plan, (*problem.addresses, out.address))
     words, address = job
     words[COEFFICIENT_TABLE] = _address(coefficients)
-    over_itself = out.address == problem.addresses[0] and words[IN_PLACE] != 0
+    same = out.address == problem.addresses[0] and words[IN_PLACE] != 0
+    over_itself = same and plan.module is overlap
     if over_itself:  # LLVM's check for overlap would send the loop down its scalar path
         words[IN_PLACE], words[STORE] = 0, store_kernel(plan.variant.real).address
     threads.run(kernel, address, plan.tasks, plan.share, (job, coefficients, problem, out))

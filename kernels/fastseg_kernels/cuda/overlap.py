@@ -43,6 +43,8 @@ def _plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
         for name, layout in zip(OPERANDS, (*arrangement.layouts, out), strict=True)
         if layout is not None
     }
+    if arrangement.activation == "softmax":
+        raise NotImplementedError("softmax over classes is computed on the CPU alone so far")
     logits, targets = arrangement.logits, arrangement.targets
     as_stored = arrangement.target_mode == TARGETS_AS_STORED
     labelled = targets.dtype not in FLOAT_DTYPES or not as_stored

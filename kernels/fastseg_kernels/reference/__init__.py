@@ -16,6 +16,13 @@ from .cross_entropy import (
 from .hard import confusion_counts, hard_dice_score, hard_jaccard_index
 from .links import LINKS, link_derivative, link_value
 from .logistic import sigmoid, sigmoid_gradient, softplus
+from .multiclass import (
+    cross_entropy_gradient,
+    one_hot,
+    softmax,
+    softmax_gradient,
+    softmax_nll,
+)
 from .overlap import (
     error_sums,
     gradient_wrt_logits,
@@ -39,6 +46,7 @@ __all__ = [
     "bce_with_logits",
     "bce_with_logits_gradient",
     "confusion_counts",
+    "cross_entropy_gradient",
     "error_sums",
     "gradient_descent",
     "gradient_wrt_logits",
@@ -48,6 +56,7 @@ __all__ = [
     "link_value",
     "momentum",
     "momentum_pytorch",
+    "one_hot",
     "overlap_sums",
     "sigmoid",
     "sigmoid_gradient",
@@ -55,6 +64,9 @@ __all__ = [
     "soft_dice_score_gradient",
     "soft_jaccard_index",
     "soft_jaccard_index_gradient",
+    "softmax",
+    "softmax_gradient",
+    "softmax_nll",
     "softplus",
     "tversky_index",
     "tversky_index_gradient",
