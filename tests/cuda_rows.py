@@ -3,6 +3,8 @@
 Swapped and unaligned arrays are left out (conftest.py): no device has them.
 """
 
+import sys
+
 from test_accuracy import (  # noqa: F401
     test_a_confident_network_keeps_its_digits,
     test_a_score_near_0_keeps_its_digits,
@@ -16,5 +18,9 @@ from test_contract import *  # noqa: F403
 from test_exclusion import *  # noqa: F403
 from test_metrics import *  # noqa: F403
 from test_optimizers import *  # noqa: F403
+from test_softmax import *  # noqa: F403
 
+MODULES = ("test_contract", "test_exclusion", "test_metrics", "test_optimizers", "test_softmax")
+_rows = [name for module in MODULES for name in vars(sys.modules[module]) if name[:5] == "test_"]
+assert len(set(_rows)) == len(_rows), "two of these modules have a test of one name: one is lost"
 __all__ = [name for name in globals() if name.startswith("test_")]

@@ -64,6 +64,17 @@ def sigmoids() -> list[str]:
     return [f"sigmoid_in_place<{real}, {element}>" for element, real in pairs]
 
 
+def softmax(verb: str, real: str) -> list[str]:
+    """Return the usual kernel, and the one that does all that there is."""
+    held = {"float": "8, ", "double": "4, "}[real] if verb == "statistics" else ""
+    usual, every = ("CE | OVERLAP", "CE | CE_UNIFORM | HARD | OVERLAP") if held else ("0", "0")
+    plain, any_other = f"{real}, unsigned char, unsigned", "Any, Any, unsigned long long"
+    return [
+        f"{verb}_softmax<Softmax<{real}, true, false, {usual}>, {held}{plain}>",
+        f"{verb}_softmax<Softmax<{real}, false, true, {every}>, {held}{any_other}>",
+    ]
+
+
 # A multiprocessor has 65536 registers: 80 for each thread of a block are three blocks at a time, 40
 # are six. The second pass and the logistic function live from the number of their threads.
 GROUPS = {
@@ -98,6 +109,10 @@ GROUPS = {
     ),
     "gradient in place, double": Group("overlap.cu", in_place("gradient", "double", "0"), 64),
     "gradient anywhere": Group("overlap.cu", anywhere("gradient", "0"), 80),
+    "softmax statistics": Group("softmax.cu", softmax("statistics", "float"), 232),
+    "softmax statistics, double": Group("softmax.cu", softmax("statistics", "double"), 192),
+    "softmax gradient": Group("softmax.cu", softmax("gradient", "float"), 128),
+    "softmax gradient, double": Group("softmax.cu", softmax("gradient", "double"), 128),
     "sigmoid in place": Group("logistic.cu", sigmoids(), 40),
     "sigmoid anywhere": Group(
         "logistic.cu",

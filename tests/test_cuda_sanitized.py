@@ -30,6 +30,10 @@ for shape in sys.argv[1:]:
     out = np.empty_like(x)
     loss.value_and_grad(x, t, out=out)
     loss.value_and_grad(x, t, mask=t == t, out=np.empty_like(x.T).T)
+    if shape[1] > 1:
+        several = fs.CrossEntropy(label_smoothing=0.1) + fs.SoftJaccard()
+        several.evaluate(x, t[:, 0], track=("hard",), out=out)
+        several.value_and_grad(x, t.astype(np.float32), weight_map=np.abs(x[:, 0]))
     fs.sigmoid(x, out=out)
     fs.sigmoid(x[..., ::2])
     fs.jaccard_index(t[:, 0], t[:, 0], empty=1.0)

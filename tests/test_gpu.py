@@ -411,6 +411,8 @@ for shape in ((1, 1, 1), (2, 3, 5, 7), (1, 2, 40_001)):
     t = cupy.asarray((rng.random(shape) < 0.3).astype(np.uint8))
     loss.value_and_grad(x, t)
     loss.value_and_grad(x, t, mask=t == t)
+    if shape[1] > 1:
+        (fs.CrossEntropy() + fs.SoftJaccard()).value_and_grad(x, t[:, 0])
     fs.sigmoid(x[..., ::2])
     fs.jaccard_index(t[:, 0], t[:, 0], empty=1.0)
     fs.Adam([x]).step([cupy.ones_like(x)], zero_grads=True)

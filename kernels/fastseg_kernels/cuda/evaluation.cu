@@ -183,8 +183,58 @@ __device__ double add_bce(const Work& w, const double* term, const double* weigh
   return sum_for_all(total, w.buffer);
 }
 
+// What a sample's cross-entropy is divided by; `present`: it has a voxel that counts.
+__device__ double ce_divisor(const Work& w, const double* term, const double* weights,
+                             long long n, bool& present) {
+  const int rule = int(term[TERM_NORMALIZE]);
+  double row[SUM_NUMBER], total = 0.0, voxels = 0.0;
+  for (long long c = 0; c < w.shape.classes; ++c) {
+    w.collect(n, c, false, row);
+    const double count = rule == NORMALIZE_ALL ? row[SUM_VOXELS] : row[SUM_COUNT];
+    voxels = count > voxels ? count : voxels;
+    if (weights[c] == weights[c]) total += weights[c] * row[SUM_TARGETS_SUM];
+  }
+  present = voxels > 0.0;
+  return rule == NORMALIZE_WEIGHTS ? total : voxels;
+}
+
+__device__ double add_ce(const Work& w, const double* term, const double* weights,
+                         double* values) {
+  const bool summed = term[TERM_NORMALIZE] == NORMALIZE_SUM;
+  const bool mean = w.shape.reduction == REDUCTION_MEAN;
+  const double smoothing = term[TERM_SMOOTHING];
+  const long long classes = w.shape.classes, rows = w.shape.samples * classes;
+  double row[SUM_NUMBER], kept = 0.0, whole = 0.0, total = 0.0;
+  bool present;
+  for (long long n = threadIdx.x; n < w.shape.samples; n += THREADS) {
+    const double divisor = ce_divisor(w, term, weights, n, present);
+    if (!present) continue;
+    kept += 1.0;
+    whole += divisor;
+  }
+  kept = sum_for_all(kept, w.buffer);
+  whole = sum_for_all(whole, w.buffer);
+  for (long long g = threadIdx.x; g < rows; g += THREADS) {
+    const long long n = g / classes, c = g % classes;
+    double divisor = ce_divisor(w, term, weights, n, present);
+    if (!present || weights[c] != weights[c]) continue;
+    if (mean) divisor = whole;
+    const double share = summed ? (mean ? 1.0 / kept : 1.0) : divisor != 0.0 ? 1.0 / divisor : 0.0;
+    w.collect(n, c, false, row);
+    const double factor = weights[c] * share;
+    const double own = factor * (1.0 - smoothing), all = factor * smoothing / double(classes);
+    double value = own != 0.0 ? own * row[SUM_CE_SUM] : 0.0;
+    if (all != 0.0) value += all * row[SUM_CE_UNIFORM_SUM];
+    total += value;
+    if (w.shape.reduction == REDUCTION_NONE) values[g] += value;
+    const double scaled = term[TERM_WEIGHT] * w.scale.of(n, c);
+    w.add(n, c, 2, scaled * own, scaled * all);
+  }
+  return sum_for_all(total, w.buffer);
+}
+
 __device__ __forceinline__ bool known(double kind) {
-  return kind == KIND_BCE || kind == KIND_REGION;
+  return kind == KIND_BCE || kind == KIND_REGION || kind == KIND_CROSS_ENTROPY;
 }
 
 // table: by value, or in `more` if there are more than NUMBERS numbers. sums: (samples, classes,
@@ -223,6 +273,7 @@ evaluate(const __grid_constant__ Table table, const double* more, const double* 
     double* const results = by_term + k * values;
     double total = 0.0;
     if (term[TERM_KIND] == KIND_BCE) total = add_bce(work, term, weights, results);
+    if (term[TERM_KIND] == KIND_CROSS_ENTROPY) total = add_ce(work, term, weights, results);
     if (term[TERM_KIND] == KIND_REGION) total = add_region(work, term, weights, results);
     sum += term[TERM_WEIGHT] * total;
     if (reduction != REDUCTION_NONE && by_term != nullptr && threadIdx.x == 0)

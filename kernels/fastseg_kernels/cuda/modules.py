@@ -28,6 +28,8 @@ OPTIONS = ("--std=c++17",)
 TABLE_NUMBERS = 448
 """Numbers of a table of terms that are passed by value: a kernel's arguments take 4096 bytes, and
 this is 20 terms of 6 classes. Larger tables are uploaded."""
+SOFTMAX_CLASSES = 256
+"""Classes whose coefficients fit the shared memory that every GPU has, five doubles each."""
 LABEL_CLASSES = 2048
 """Classes whose counts fit the shared memory that every GPU has, three numbers of 4 bytes each."""
 
@@ -49,6 +51,7 @@ def shared_constants() -> str:
             f"constexpr int GROUP = {GROUP};  // voxels added up by a thread before widening\n",
             f"constexpr int UPDATE_COEFFICIENTS = {updates.COEFFICIENTS};\n",
             f"constexpr int TABLE_NUMBERS = {TABLE_NUMBERS};\n",
+            f"constexpr int SOFTMAX_CLASSES = {SOFTMAX_CLASSES};\n",
             f"constexpr int LABEL_CLASSES = {LABEL_CLASSES};\n",
             f"constexpr int TARGETS_AS_STORED = {constants.TARGETS_AS_STORED};\n",
             f"constexpr int TARGETS_NONZERO = {constants.TARGETS_NONZERO};\n",

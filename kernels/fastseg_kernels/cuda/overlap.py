@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastseg_kernels.constants import FLOAT_DTYPES, TARGETS_AS_STORED, columns
+from fastseg_kernels.cuda import softmax
 from fastseg_kernels.cuda.job import OPERANDS, Jobs, counter, is_run, make_job
 from fastseg_kernels.cuda.modules import TYPES
 from fastseg_kernels.cuda.runtime import Device
@@ -43,8 +44,6 @@ def _plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
         for name, layout in zip(OPERANDS, (*arrangement.layouts, out), strict=True)
         if layout is not None
     }
-    if arrangement.activation == "softmax":
-        raise NotImplementedError("softmax over classes is computed on the CPU alone so far")
     logits, targets = arrangement.logits, arrangement.targets
     as_stored = arrangement.target_mode == TARGETS_AS_STORED
     labelled = targets.dtype not in FLOAT_DTYPES or not as_stored
@@ -94,6 +93,8 @@ def statistics(device: Device, problem: Problem, families: frozenset[str]) -> An
 
     One read of every operand. The answer is on the device.
     """
+    if problem.arrangement.activation == "softmax":
+        return softmax.statistics(device, problem, families)
     plan = _plan(problem.arrangement, None)
     samples, classes = problem.shape[:2]
     width = len(columns(families))
@@ -114,6 +115,9 @@ def gradient(device: Device, problem: Problem, coefficients: Any, out: View) -> 
 
     One read of every operand and one write; ``out`` may be the logits themselves.
     """
+    if problem.arrangement.activation == "softmax":
+        softmax.gradient(device, problem, coefficients, out)
+        return
     plan = _plan(problem.arrangement, out.layout)
     if plan.tasks == 0:
         return

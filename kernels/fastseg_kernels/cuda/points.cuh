@@ -7,7 +7,7 @@
 
 enum Targets { BINARY, SOFT, WEIGHTED };
 enum Activation { SIGMOID, PROBS };
-enum Families { OVERLAP = 1, BCE = 2, BCE_SPLIT = 4, HARD = 8 };
+enum Families { OVERLAP = 1, BCE = 2, BCE_SPLIT = 4, HARD = 8, CE = 16, CE_UNIFORM = 32 };
 
 template <typename T, int TARGETS, int ACTIVATION, int FAMILIES = 0>
 struct Variant {

@@ -1,0 +1,398 @@
+// Statistics and gradient where the classes of a voxel share one softmax.
+//
+// The mathematics is that of ../cpu/softmax.py. A task is a run of voxels of one sample, with all of
+// its classes. A thread holds HELD voxels and walks over their classes: it reads each logit from
+// memory once, and from the cache when it comes again. What a warp's voxels add to the sums of a
+// class is added up by the warp, in one order, and written to a place of the warp's own: add_tasks
+// adds up those places by their number.
+#include "operands.cuh"
+#include "reduction.cuh"
+
+template <typename T, bool INDEXED, bool WEIGHTED, int FAMILIES = 0>
+struct Softmax {
+  typedef T Real;
+  static constexpr bool indexed = INDEXED, weighted = WEIGHTED;
+  static constexpr bool overlap = FAMILIES & OVERLAP, hard = FAMILIES & HARD;
+  static constexpr bool ce = FAMILIES & CE, uniform = FAMILIES & CE_UNIFORM;
+  static constexpr bool logs = ce || uniform;
+  // Columns of the statistics, in the order of constants.columns.
+  static constexpr int at_inner = 4, at_ce = at_inner + (overlap ? 3 : 0);
+  static constexpr int at_uniform = at_ce + ce, at_hard = at_uniform + uniform;
+  static constexpr int columns = at_hard + (hard ? 4 : 0);
+};
+
+constexpr int NOBODY = -1;  // class of a voxel that is left out
+constexpr int CLASSES_AT_ONCE = 16;  // whose exponentials are added up before all are
+constexpr long long NO_LABEL = -0x7fffffffffffffffLL - 1;
+
+struct Any {};  // any element type, by its code; any strides
+
+template <typename T, typename E>
+struct Reader {
+  static __device__ __forceinline__ T real(const char* address, long long) {
+    return T(widened(element<E>(address)));
+  }
+  static __device__ __forceinline__ long long label(const char* address, long long) {
+    return (long long)(element<E>(address));
+  }
+};
+
+template <typename T>
+struct Reader<T, Any> {
+  static __device__ __forceinline__ T real(const char* address, long long code) {
+    return read_real<T>(address, code);
+  }
+  // What is no integer is no class.
+  static __device__ __forceinline__ long long label(const char* address, long long code) {
+    if (code < CODE_FLOAT16) return read_integer(address, code);
+    const double value = read_real<double>(address, code);
+    const bool whole = magnitude(value) < 9007199254740992.0;
+    const long long label = whole ? (long long)value : NO_LABEL;
+    return whole && double(label) == value ? label : NO_LABEL;
+  }
+};
+
+template <typename T>
+struct Held {
+  long long logits, targets, out;  // from the addresses of the operands, for class 0
+  bool inside, kept, used;         // in the task; not left out; and of a weight that is not 0
+  int target;                      // class, or NOBODY
+  T weight, top, base, near, largest, left, scaled;
+  int power;
+};
+
+// Finds the voxel and reads what it has once. Returns whether its label or weight is invalid.
+template <typename V, typename E, typename P, typename I, typename T = typename V::Real>
+__device__ __forceinline__ bool find(const Job& job, const Place& sample, long long i,
+                                     long long end, Held<T>& v) {
+  v.inside = i < end;
+  const Place at = sample.voxel(job, I(v.inside ? i : end - 1));
+  v.logits = at.logits;
+  v.targets = at.targets;
+  v.out = at.out;
+  v.kept = v.inside;
+  v.target = NOBODY;
+  bool invalid = false;
+  if (V::indexed) {
+    const long long label = Reader<T, P>::label(job.targets.address + at.targets, job.targets.code);
+    const bool ignored = job.has_ignore && label == job.ignore_label;
+    const bool is_class = label >= 0 && label < job.classes;
+    invalid = v.inside && !ignored && !is_class;
+    v.kept &= !ignored && is_class;
+    v.target = v.kept ? int(label) : NOBODY;
+  }
+  if (job.mask.address != nullptr && read_integer(job.mask.address + at.mask, job.mask.code) == 0) {
+    v.kept = invalid = false;
+    v.target = NOBODY;
+  }
+  v.weight = v.kept ? T(1) : T(0);
+  if (V::weighted && v.kept) {
+    v.weight = read_real<T>(job.weights.address + at.weights, job.weights.code);
+    invalid |= !(v.weight >= T(0));
+  }
+  v.used = v.kept && v.weight != T(0);
+  return invalid;
+}
+
+template <typename V, typename E, typename T = typename V::Real>
+__device__ __forceinline__ T logit_of(const Job& job, const Held<T>& v, long long c) {
+  const T x = Reader<T, E>::real(job.logits.address + v.logits + c * job.logits.stride_c, job.logits.code);
+  return v.used ? x : T(0);
+}
+
+template <typename V, typename T = typename V::Real>
+__device__ __forceinline__ T share_of(const Job& job, const Held<T>& v, long long c) {
+  const char* address = job.targets.address + v.targets + c * job.targets.stride_c;
+  return v.kept ? read_real<T>(address, job.targets.code) : T(0);
+}
+
+// By what the exponentials are taken, once the largest logit is known.
+template <typename T>
+__device__ __forceinline__ void refer(Held<T>& v) {
+  const bool is_large = magnitude(v.top) > T(256);
+  v.base = is_large ? v.top : T(0);
+  v.near = is_large ? T(0) : v.top;
+  v.power = power_near(v.near);
+  v.largest = exp_ratio(v.near, v.power);
+}
+
+template <typename T>
+__device__ __forceinline__ T exponential(const Held<T>& v, T x) {
+  const T below = x == v.top ? v.near : x - v.base;  // inf - inf is 0 here
+  return exp_ratio(below < T(-2048) ? T(-2048) : below, v.power);
+}
+
+// Finds the classes of the largest logit (also of a voxel of weight 0) and of the largest target.
+// Returns whether a logit is NaN.
+template <typename V, typename E, typename T = typename V::Real>
+__device__ __forceinline__ bool judge(const Job& job, const Held<T>& v, int& predicted, int& label) {
+  T best = T(0), strongest = T(0);
+  bool is_nan = false;
+  label = v.target;
+  for (long long c = 0; c < job.classes; ++c) {
+    const T x = Reader<T, E>::real(job.logits.address + v.logits + c * job.logits.stride_c, job.logits.code);
+    is_nan |= x != x;
+    if (c == 0 || x > best) {
+      best = x;
+      predicted = int(c);
+    }
+    if (V::indexed) continue;
+    const T share = share_of<V>(job, v, c);
+    if (c == 0 || share > strongest) {
+      strongest = share;
+      label = int(c);
+    }
+  }
+  if (is_nan || !v.kept) predicted = NOBODY;
+  if (!v.kept) label = NOBODY;
+  return v.kept && is_nan;
+}
+
+// The sums of a thread's voxels for one class.
+template <typename T>
+struct ClassSums {
+  T inner = 0, missed = 0, false_alarm = 0, target = 0, ce = 0, uniform = 0;
+  int hits = 0, predicted = 0, truly = 0, invalid = 0;
+};
+
+// What all threads of a warp have, added up in every one of them.
+template <typename N>
+__device__ __forceinline__ N warp_sum(N value) {
+  for (int distance = 16; distance > 0; distance /= 2)
+    value += __shfl_xor_sync(0xffffffffu, value, distance);
+  return value;
+}
+
+// grid: at most the tasks; block: THREADS. sums: (samples, classes, row_tasks * WARPS, columns).
+// E, P: the types of logits and of class indices that lie in runs, or Any. I: counts the voxels of a
+// sample.
+template <typename V, int HELD, typename E, typename P, typename I>
+__global__ void __launch_bounds__(THREADS, 1)
+statistics_softmax(const __grid_constant__ Job job, double* __restrict__ sums) {
+  typedef typename V::Real T;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const long long step = job.row_tasks * WARPS * V::columns;
+  for (unsigned number = blockIdx.x; number < job.tasks; number += gridDim.x) {
+    const unsigned in_row = unsigned(job.row_tasks), n = number / in_row, turn = number % in_row;
+    const long long first = turn * job.task_voxels;
+    const long long end = first + job.task_voxels < job.voxels ? first + job.task_voxels : job.voxels;
+    const Place sample(job, n, 0);
+    double* mine = sums + n * job.classes * step + (turn * (long long)WARPS + warp) * V::columns;
+    if (lane < V::columns)
+      for (long long c = 0; c < job.classes; ++c) mine[c * step + lane] = 0.0;
+    for (long long start = first; start < end; start += THREADS * HELD) {
+      Held<T> v[HELD];
+      int predicted[HELD], labels[HELD];
+      int voxels = 0, count = 0, invalid = 0, undefined = 0;
+#pragma unroll
+      for (int k = 0; k < HELD; ++k) {
+        const long long i = start + k * THREADS + threadIdx.x;
+        const bool is_wrong = find<V, E, P, I>(job, sample, i, end, v[k]);
+        invalid += is_wrong;
+        voxels += v[k].inside;
+        count += v[k].kept || is_wrong;
+        if (V::hard) undefined += judge<V, E>(job, v[k], predicted[k], labels[k]);
+      }
+      // In each of these walks a thread has the loads of all its voxels under way at once.
+      for (long long c = 0; c < job.classes; ++c) {
+#pragma unroll
+        for (int k = 0; k < HELD; ++k) {
+          const T x = logit_of<V, E>(job, v[k], c);
+          if (c == 0 || x > v[k].top) v[k].top = x;
+        }
+      }
+      T rest[HELD], group[HELD], ties[HELD], own[HELD];
+#pragma unroll
+      for (int k = 0; k < HELD; ++k) {
+        refer(v[k]);
+        rest[k] = group[k] = ties[k] = T(0);
+        own[k] = v[k].top;
+      }
+      for (long long c = 0; c < job.classes; ++c) {
+        const bool is_last = c % CLASSES_AT_ONCE == CLASSES_AT_ONCE - 1;
+#pragma unroll
+        for (int k = 0; k < HELD; ++k) {
+          const T x = logit_of<V, E>(job, v[k], c);
+          const bool is_top = x == v[k].top;
+          group[k] += is_top ? T(0) : exponential(v[k], x);
+          ties[k] += is_top ? T(1) : T(0);
+          if (V::indexed && v[k].target == c) own[k] = x;
+          if (is_last) {
+            rest[k] += group[k];
+            group[k] = T(0);
+          }
+        }
+      }
+      T missed[HELD], nll[HELD], logs[HELD];
+#pragma unroll
+      for (int k = 0; k < HELD; ++k) {
+        v[k].left = fused(ties[k] - T(1), v[k].largest, rest[k] + group[k]);
+        v[k].scaled = v[k].weight / (v[k].left + v[k].largest);
+        missed[k] = (v[k].left + (v[k].largest - exponential(v[k], own[k]))) * v[k].scaled;
+        if (V::logs) {
+          const T below = own[k] == v[k].top ? T(0) : v[k].top - own[k];
+          logs[k] = v[k].weight * log_1p(v[k].left / v[k].largest);
+          nll[k] = logs[k] + (v[k].used ? v[k].weight * below : T(0));
+        }
+      }
+      voxels = warp_sum(voxels);
+      count = warp_sum(count);
+      invalid = warp_sum(invalid);
+      undefined = warp_sum(undefined);
+      for (long long c = 0; c < job.classes; ++c) {
+        ClassSums<T> s;
+#pragma unroll
+        for (int k = 0; k < HELD; ++k) {
+          const T x = logit_of<V, E>(job, v[k], c), e = exponential(v[k], x), q = e * v[k].scaled;
+          const T below = x == v[k].top ? T(0) : v[k].top - x;
+          const T its_nll = logs[k] + (v[k].used ? v[k].weight * below : T(0));
+          if (V::indexed) {
+            const bool is_target = v[k].target == c;
+            s.target += is_target ? v[k].weight : T(0);
+            s.inner += is_target ? q : T(0);
+            s.missed += is_target ? missed[k] : T(0);
+            s.false_alarm += is_target ? T(0) : q;
+            if (V::ce) s.ce += is_target ? nll[k] : T(0);
+          } else {
+            const T p = share_of<V>(job, v[k], c);
+            s.invalid += v[k].kept && !(p >= T(0) && p <= T(1));
+            s.target += v[k].weight * p;
+            s.inner += p * q;
+            s.missed += p * ((v[k].left + (v[k].largest - e)) * v[k].scaled);
+            s.false_alarm += (T(1) - p) * q;
+            if (V::ce) s.ce += p != T(0) ? p * its_nll : T(0);
+          }
+          if (V::uniform) s.uniform += its_nll;
+          if (V::hard) {
+            s.hits += predicted[k] == c && labels[k] == c;
+            s.predicted += predicted[k] == c;
+            s.truly += labels[k] == c;
+          }
+        }
+        double column = 0.0;  // of this lane
+        if (lane == 0) column = voxels;
+        if (lane == 1) column = count;
+        const int wrong = V::indexed ? (c == 0 ? invalid : 0) : warp_sum(s.invalid) + (c == 0 ? invalid : 0);
+        if (lane == 2) column = wrong;
+        const T target = warp_sum(s.target);
+        if (lane == 3) column = double(target);
+        if (V::overlap) {
+          const T inner = warp_sum(s.inner), fn = warp_sum(s.missed), fp = warp_sum(s.false_alarm);
+          if (lane == V::at_inner) column = double(inner);
+          if (lane == V::at_inner + 1) column = double(fn);
+          if (lane == V::at_inner + 2) column = double(fp);
+        }
+        if (V::ce) {
+          const T ce = warp_sum(s.ce);
+          if (lane == V::at_ce) column = double(ce);
+        }
+        if (V::uniform) {
+          const T uniform = warp_sum(s.uniform);
+          if (lane == V::at_uniform) column = double(uniform);
+        }
+        if (V::hard) {
+          const int hits = warp_sum(s.hits), over = warp_sum(s.predicted), truly = warp_sum(s.truly);
+          if (lane == V::at_hard) column = hits;
+          if (lane == V::at_hard + 1) column = over - hits;
+          if (lane == V::at_hard + 2) column = truly - hits;
+          if (lane == V::at_hard + 3) column = undefined;
+        }
+        if (lane < V::columns) mine[c * step + lane] += column;
+      }
+    }
+  }
+}
+
+// The coefficients of a sample's classes, and the sum of b over the other classes.
+template <typename T>
+struct Pulls {
+  T on, off, own, all, others;
+};
+
+// grid: at most the tasks; block: THREADS. coefficients: (samples, classes, 4). The output may be the
+// logits: a thread reads all of a voxel's before it writes one.
+template <typename V, typename E, typename P, typename I>
+__global__ void __launch_bounds__(THREADS, 1)
+gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coefficients) {
+  typedef typename V::Real T;
+  __shared__ Pulls<T> pulls[SOFTMAX_CLASSES];
+  unsigned of_sample = 0xffffffffu;
+  for (unsigned turn = blockIdx.x; turn < job.tasks; turn += gridDim.x) {
+    const unsigned number = unsigned(job.tasks) - 1 - turn, in_row = unsigned(job.row_tasks);
+    const unsigned n = number / in_row;
+    const long long first = number % in_row * job.task_voxels;
+    const long long end = first + job.task_voxels < job.voxels ? first + job.task_voxels : job.voxels;
+    if (n != of_sample) {
+      __syncthreads();  // those of the sample before may still be read
+      const double* exact = coefficients + n * job.classes * COEFFICIENTS;
+      double of_all = 0.0;
+      for (long long c = 0; c < job.classes; ++c) of_all += exact[c * COEFFICIENTS + 3];
+      for (long long c = threadIdx.x; c < job.classes; c += THREADS) {
+        const double* k = exact + c * COEFFICIENTS;
+        pulls[c] = {T(k[0]), T(k[1]), T(k[2]), T(k[3]), T(of_all - k[3])};
+      }
+      __syncthreads();
+      of_sample = n;
+    }
+    const Place sample(job, n, 0);
+    for (long long i = first + threadIdx.x; i < end; i += THREADS) {
+      Held<T> v;
+      find<V, E, P, I>(job, sample, i, end, v);
+      int top_class = 0;
+      T strongest = T(0);  // of the a_c p_c of soft targets
+      for (long long c = 0; c < job.classes; ++c) {
+        const T x = logit_of<V, E>(job, v, c);
+        if (c == 0 || x > v.top) {
+          v.top = x;
+          top_class = int(c);
+        }
+        if (!V::indexed) {
+          const T pull = pulls[c].own * share_of<V>(job, v, c);
+          strongest = pull > strongest ? pull : strongest;
+        }
+      }
+      refer(v);
+      const T share_of_top = V::indexed ? T(v.target == top_class) : share_of<V>(job, v, top_class);
+      const T h_top = pulls[top_class].on * share_of_top + pulls[top_class].off * (T(1) - share_of_top);
+      T rest = T(0), ties = T(0), mean = T(0), pull = T(0), equal = T(0);
+      for (long long begin = 0; begin < job.classes; begin += CLASSES_AT_ONCE) {
+        T group = T(0), of_mean = T(0), of_pull = T(0);
+        for (long long c = begin; c < begin + CLASSES_AT_ONCE && c < job.classes; ++c) {
+          const T x = logit_of<V, E>(job, v, c), e = exponential(v, x);
+          const bool is_top = x == v.top;
+          group += is_top ? T(0) : e;
+          ties += is_top ? T(1) : T(0);
+          const T p = V::indexed ? T(v.target == c) : share_of<V>(job, v, c);
+          const T h = pulls[c].on * p + pulls[c].off * (T(1) - p);
+          of_mean = fused(e, h - h_top, of_mean);
+          if (!V::indexed) {
+            const T its = pulls[c].own * p;
+            of_pull += its == strongest ? T(0) : its;
+            equal += its == strongest ? T(1) : T(0);
+          }
+        }
+        rest += group;
+        mean += of_mean;
+        pull += of_pull;
+      }
+      if (V::indexed) strongest = v.target == NOBODY ? T(0) : pulls[v.target].own;
+      v.left = fused(ties - T(1), v.largest, rest);
+      v.scaled = T(1) / (v.left + v.largest);
+      mean *= v.scaled;
+      for (long long c = 0; c < job.classes; ++c) {
+        const T x = logit_of<V, E>(job, v, c), e = exponential(v, x), q = e * v.scaled;
+        const T p = V::indexed ? T(v.target == c) : share_of<V>(job, v, c);
+        const T h = pulls[c].on * p + pulls[c].off * (T(1) - p);
+        T here = pulls[c].own * p, there;
+        if (V::indexed) there = v.target == c ? T(0) : strongest;
+        else if (here == strongest) there = pull + (equal - T(1)) * strongest;
+        else there = (pull + equal * strongest) - here;
+        const T wrong = (v.left + (v.largest - e)) * v.scaled;
+        const T region = (h - h_top) - mean;
+        const T value = q * (region + (there + pulls[c].others)) - (here + pulls[c].all) * wrong;
+        const T g = v.used ? v.weight * value : T(0);
+        write_real(job.out.address + v.out + c * job.out.stride_c, job.out.code, g);
+      }
+    }
+  }
+}

@@ -1,0 +1,108 @@
+"""The two passes where the classes of a voxel share one softmax, as Python calls them."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastseg_kernels.constants import columns
+from fastseg_kernels.cuda.job import MOST_ROW_TASKS, OPERANDS, Jobs, counter, is_run, make_job
+from fastseg_kernels.cuda.modules import SOFTMAX_CLASSES, THREADS, TYPES
+from fastseg_kernels.cuda.runtime import Device
+from fastseg_kernels.problem import Arrangement, Problem
+from fastseg_kernels.views import Layout, View
+
+FILE = "softmax.cu"
+WARPS = THREADS // 32
+HELD = {"float": 8, "double": 4}
+"""Voxels that a thread holds while it walks over their classes; more would be spilled."""
+SHORTEST_TASK = 16384
+"""Logits of a task."""
+INDICES = {"bool": "unsigned char", "uint8": "unsigned char", "int64": "long long"}
+"""Class indices that are read by their type; others by their code."""
+
+
+class _Plan(NamedTuple):
+    """What of a call depends on its arrangement alone."""
+
+    jobs: Jobs  # all but the addresses
+    real: str  # C++: the type that is computed in
+    variant: str  # C++: that, kind of targets, weights
+    arguments: str  # C++: types of logits and indices, and of what counts voxels
+    tasks: int
+    row_tasks: int
+
+
+def task_length(voxels: int, classes: int, held: int) -> int:
+    """Return the voxels per task for a sample of ``voxels``."""
+    step = THREADS * held
+    length = max(SHORTEST_TASK // classes, -(-voxels // MOST_ROW_TASKS))
+    return max(1, -(-length // step)) * step
+
+
+@lru_cache(maxsize=1024)
+def _plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
+    samples, classes = arrangement.shape[:2]
+    if classes > SOFTMAX_CLASSES:
+        raise ValueError(f"at most {SOFTMAX_CLASSES} classes are supported, got {classes}")
+    layouts = {
+        name: layout
+        for name, layout in zip(OPERANDS, (*arrangement.layouts, out), strict=True)
+        if layout is not None
+    }
+    job, geometry = make_job(layouts)
+    record: Any = job[0]
+    real, voxels = TYPES[arrangement.real], prod(arrangement.shape[2:])
+    length = task_length(voxels, classes, HELD[real])
+    record["task_voxels"], record["row_tasks"] = length, -(-voxels // length)
+    record["tasks"] = samples * int(record["row_tasks"])
+    record["has_ignore"] = arrangement.ignore_index is not None
+    record["ignore_label"] = arrangement.ignore_index or 0
+    logits, targets = arrangement.logits, arrangement.targets
+    in_runs = all(is_run(geometry, k, layout) for k, layout in enumerate(layouts.values()))
+    known = in_runs and arrangement.indexed and targets.dtype in INDICES
+    element = TYPES[logits.dtype] if known and logits.dtype == arrangement.real else "Any"
+    index = INDICES[targets.dtype] if element != "Any" else "Any"
+    flags = [str(flag).lower() for flag in (arrangement.indexed, arrangement.weights is not None)]
+    return _Plan(
+        Jobs(job),
+        real,
+        ", ".join([real, *flags]),
+        f"{element}, {index}, {counter(voxels)}",
+        int(record["tasks"]),
+        int(record["row_tasks"]),
+    )
+
+
+def statistics(device: Device, problem: Problem, families: frozenset[str]) -> Any:
+    """Return the sums of every row, as `overlap.statistics`."""
+    plan = _plan(problem.arrangement, None)
+    samples, classes = problem.shape[:2]
+    width = len(columns(families))
+    if plan.tasks == 0:
+        return device.zeros((samples, classes, width), "float64")
+    places = plan.row_tasks * WARPS
+    sums = device.empty((samples, classes, places, width))
+    total = device.empty((samples, classes, width))
+    of_warps, of_rows = device.memory.address(sums), device.memory.address(total)
+    names = " | ".join(sorted(family.upper() for family in families)) or "0"
+    name = (
+        f"statistics_softmax<Softmax<{plan.variant}, {names}>, {HELD[plan.real]}, {plan.arguments}>"
+    )
+    plan.jobs.launch(device, FILE, name, device.grid(plan.tasks), problem.addresses, of_warps)
+    rows = samples * classes
+    device.launch("overlap.cu", "add_tasks", rows, of_warps, places, np.int32(width), of_rows)
+    return total
+
+
+def gradient(device: Device, problem: Problem, coefficients: Any, out: View) -> None:
+    """Write dL/dlogits to ``out``, as `overlap.gradient`."""
+    plan = _plan(problem.arrangement, out.layout)
+    if plan.tasks == 0:
+        return
+    of_rows, addresses = device.memory.address(coefficients), (*problem.addresses, out.address)
+    name = f"gradient_softmax<Softmax<{plan.variant}>, {plan.arguments}>"
+    plan.jobs.launch(device, FILE, name, device.grid(plan.tasks), addresses, of_rows)
