@@ -21,12 +21,13 @@ from fastseg_kernels.constants import (
     KINDS,
     LINKS,
     NORMALIZE,
+    SCOPES,
     TERM_FIELDS,
 )
 
 Link = Literal["one_minus", "negative", "log", "power"]
 Empty = Literal["formula", "one", "zero", "skip"]
-Scope = Literal["sample", "batch"]
+Scope = Literal["sample", "batch", "image", "class"]
 
 
 def _choice(name: str, value: object, choices: Sequence[object]) -> None:
@@ -65,6 +66,8 @@ class Term(Loss):
     ----------
     classes
         Indices of the classes that count; None for all. Negative indices count from the end.
+    include_background
+        False: all classes count but the first.
     class_weights
         One factor per class of the logits, or None. The mean still divides by the number of
         classes (or voxels), not by the sum of the factors.
@@ -72,6 +75,7 @@ class Term(Loss):
 
     classes: tuple[int, ...] | None = None
     class_weights: tuple[float, ...] | None = None
+    include_background: bool = True
 
     ACTIVATION: ClassVar[str] = ""
     """The activation that the term needs: "sigmoid", "softmax", or "": it takes either."""
@@ -84,6 +88,12 @@ class Term(Loss):
             math.isfinite(weight) and weight >= 0 for weight in self.class_weights
         ):
             raise ValueError(f"class_weights must be finite and >= 0, got {self.class_weights}")
+        object.__setattr__(self, "include_background", bool(self.include_background))
+        if self.classes is not None and not self.include_background:
+            raise ValueError(
+                f"include_background=False says which classes count, and so does "
+                f"classes={self.classes}; choose one"
+            )
 
     @property
     def parts(self) -> tuple[tuple[float, Term], ...]:
@@ -108,6 +118,10 @@ class Term(Loss):
                     f"{len(self.class_weights)} for {count} classes"
                 )
             weights[:] = self.class_weights
+        if not self.include_background:
+            if count == 1:
+                raise ValueError("include_background=False leaves none of 1 class")
+            weights[0] = np.nan
         if self.classes is not None:
             if not all(-count <= c < count for c in self.classes):
                 raise ValueError(f"classes must be in [0, {count}), got {self.classes}")
@@ -267,7 +281,10 @@ class RegionTerm(Term):
     gamma
         Exponent of ``link="power"``, and 1 otherwise.
     scope
-        "sample": a score per sample and class; "batch": per class, over all voxels of the batch.
+        "batch": a score per class, over all voxels of the batch. The others take one per sample and
+        class and differ in the mean where rows are left out (by ``empty="skip"``, or without a
+        voxel): "sample": the mean of all; "image": of each sample, and of these; "class": of each
+        class, and of these.
     empty
         Score of a row without foreground (P = 0): "formula" (what the formula gives; NaN at 0/0),
         "one" (loss 0), "zero", or "skip" (left out of the mean).
@@ -296,7 +313,7 @@ class RegionTerm(Term):
                 f"gamma must be 1 unless link='power', got gamma={self.gamma} with "
                 f"link={self.link!r}"
             )
-        _choice("scope", self.scope, ("sample", "batch"))
+        _choice("scope", self.scope, SCOPES)
         _choice("empty", self.empty, EMPTY)
 
     def needs(self) -> frozenset[str]:
@@ -329,7 +346,7 @@ class RegionTerm(Term):
             "eps": self.eps,
             "link": LINKS.index(self.link),
             "gamma": self.gamma,
-            "batch": self.scope == "batch",
+            "scope": SCOPES.index(self.scope),
             "empty": EMPTY.index(self.empty),
         }
 

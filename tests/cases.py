@@ -21,6 +21,8 @@ LOSSES = [
     fs.SoftDice(link="log", eps=1e-7),
     fs.Tversky(alpha=0.3, beta=0.7, link="power", gamma=1.5),
     fs.Tversky(alpha=1.0, beta=0.0, link="negative", scope="batch"),
+    fs.SoftJaccard(scope="image", empty="skip"),
+    fs.SoftDice(scope="class", empty="skip"),
     fs.BCE() + 2.0 * fs.SoftJaccard(),
     fs.BCE(pos_weight=0.5) + fs.Tversky() + 0.25 * fs.SoftDice(empty="skip"),
 ]

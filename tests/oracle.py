@@ -73,6 +73,7 @@ def _class_weights(term: fs.Term, classes: int) -> tuple[np.ndarray, np.ndarray]
     weights = np.ones(classes) if term.class_weights is None else np.array(term.class_weights)
     selected = np.zeros(classes, bool)
     selected[list(range(classes) if term.classes is None else term.classes)] = True
+    selected[0] &= term.include_background
     return selected[None], weights[None]
 
 
@@ -178,7 +179,11 @@ def _region_of_probs(term, x, p, weight, valid, activation, reduction):
         used &= ~empty
     kept = used.sum()
     share = np.where(used, class_weight, 0.0)
-    if reduction == "mean":
+    if reduction == "mean" and term.scope in ("image", "class"):
+        axis = 1 if term.scope == "image" else 0
+        in_line = used.sum(axis, keepdims=True)
+        share = share / np.maximum(in_line, 1) / max(1, (in_line > 0).sum())
+    elif reduction == "mean":
         share = share / kept if kept else share * 0.0
     value = np.where(used, share * np.where(used, value, 0.0), 0.0)
     dvalue = np.where(used, share * np.where(used, outer, 0.0), 0.0)

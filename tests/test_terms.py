@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import fastseg as fs
+import oracle
 from cases import LOSSES, SOFTMAX_LOSSES, make
 from fastseg_kernels import constants
 from fastseg_kernels.cpu.points import Variant
@@ -33,6 +34,7 @@ OPTIONS = {
     "empty": "skip",
     "eps": 1e-7,
     "label_smoothing": 0.2,
+    "include_background": False,
 }
 
 
@@ -40,7 +42,10 @@ def variants(cls: type) -> list[fs.Term]:
     """Return the term with each of its options set, and with all of them."""
     names = [field.name for field in fields(cls)]
     known = {name: value for name, value in OPTIONS.items() if name in names}
-    result = [cls(), *(cls(**{name: value}) for name, value in known.items()), cls(**known)]
+    together = {name: value for name, value in known.items() if name != "include_background"}
+    result = [cls(), *(cls(**{name: value}) for name, value in known.items()), cls(**together)]
+    if "scope" in names:
+        result += [cls(scope=scope, empty="skip") for scope in ("image", "class")]
     if "link" in names:
         result += [cls(link="negative"), cls(link="log")]
         result += [cls(link="power", gamma=gamma) for gamma in (0.75, 1.0, 1.4)]
@@ -136,6 +141,34 @@ def test_empty_formula_is_nan_only_at_zero_over_zero():
     assert np.isnan(fs.SoftJaccard().replace(activation=None)(probs, targets))
     smooth = fs.SoftJaccard(smooth_num=1.0, smooth_den=1.0).replace(activation=None)
     assert smooth(probs, targets) == 0.0
+
+
+@pytest.mark.parametrize("scope", ["sample", "batch", "image", "class"])
+@pytest.mark.parametrize("background", [True, False])
+def test_scope_says_which_rows_are_averaged_together(scope, background):
+    """Rows without foreground are skipped: two of sample 0, one of sample 1, all of sample 2."""
+    logits, targets = make((3, 3, 50), np.float64)
+    targets[0, :2] = targets[1, 2] = targets[2] = 0
+    loss = fs.SoftJaccard(scope=scope, empty="skip", include_background=background)
+    value, grad = loss.value_and_grad(logits, targets)
+    expected, slope = oracle.evaluate(loss, logits, targets)
+    np.testing.assert_allclose(value, expected, rtol=1e-13)
+    np.testing.assert_allclose(grad, slope, rtol=1e-11, atol=1e-16)
+    rows = fs.SoftJaccard(empty="skip").replace(reduction="none")(logits, targets)
+    if background and scope == "image":  # written out
+        np.testing.assert_allclose(value, (rows[0, 2] + rows[1, :2].mean()) / 2, rtol=1e-13)
+    if background and scope == "class":
+        np.testing.assert_allclose(value, (rows[1, 0] + rows[1, 1] + rows[0, 2]) / 3, rtol=1e-13)
+
+
+def test_the_background_is_the_first_class():
+    logits, targets = make((2, 3, 50))
+    got = fs.SoftDice(include_background=False)(logits, targets)
+    assert got == fs.SoftDice(classes=(1, 2))(logits, targets)
+    with pytest.raises(ValueError, match="leaves none of 1 class"):
+        fs.SoftDice(include_background=False)(logits[:, :1], targets[:, :1])
+    with pytest.raises(ValueError, match="choose one"):
+        fs.BCE(include_background=False, classes=(1,))
 
 
 @pytest.mark.parametrize("empty", ["formula", "one", "zero", "skip"])

@@ -59,10 +59,11 @@ def columns(families: frozenset[str]) -> tuple[str, ...]:
 # Neither is formed as a difference: a loss near 0 keeps its digits, and a score near 0 too.
 TERM_FIELDS = (
     "kind", "weight", "hits_i", "hits_f", "hits_g", "hits_0", "errors_f", "errors_g", "errors_0",
-    "eps", "link", "gamma", "batch", "empty", "pos_weight", "normalize", "smoothing",
+    "eps", "link", "gamma", "scope", "empty", "pos_weight", "normalize", "smoothing",
 )  # fmt: skip
 KINDS = ("bce", "region", "cross_entropy")
 LINKS = ("one_minus", "negative", "log", "power")
+SCOPES = ("sample", "batch", "image", "class")
 EMPTY = ("formula", "one", "zero", "skip")
 NORMALIZE = ("sum", "valid", "all", "weights")
 REDUCTIONS = ("none", "mean", "sum")

@@ -21,6 +21,7 @@ from fastseg_kernels.constants import (
     LINKS,
     NORMALIZE,
     PICKED,
+    SCOPES,
     TERM_FIELDS,
 )
 from fastseg_kernels.cpu.compiled import function, jit
@@ -31,11 +32,12 @@ _AT = {name: index for index, name in enumerate(TERM_FIELDS)}
 KIND, WEIGHT, EPS, LINK, GAMMA = (_AT[n] for n in ("kind", "weight", "eps", "link", "gamma"))
 HITS_I, HITS_F, HITS_G, HITS_0 = (_AT[f"hits_{n}"] for n in "ifg0")
 ERRORS_F, ERRORS_G, ERRORS_0 = (_AT[f"errors_{n}"] for n in "fg0")
-BATCH, EMPTY_RULE = _AT["batch"], _AT["empty"]
+SCOPE, EMPTY_RULE = _AT["scope"], _AT["empty"]
 POS_WEIGHT, NORMALIZATION = _AT["pos_weight"], _AT["normalize"]
 SMOOTHING = _AT["smoothing"]
 NEGATIVE, LOG, POWER = LINKS.index("negative"), LINKS.index("log"), LINKS.index("power")
 BCE, REGION, CROSS_ENTROPY = (KINDS.index(n) for n in ("bce", "region", "cross_entropy"))
+BATCH, IMAGE, CLASS = (SCOPES.index(name) for name in ("batch", "image", "class"))
 FORMULA, ONE, SKIP = EMPTY.index("formula"), EMPTY.index("one"), EMPTY.index("skip")
 BY_VALID, BY_ALL, BY_WEIGHTS = (NORMALIZE.index(n) for n in ("valid", "all", "weights"))
 NONE, MEAN = 0, 1  # of constants.REDUCTIONS
@@ -45,15 +47,27 @@ SUMS = len(PICKED)
 
 
 @function
+def is_empty(term, sums):  # type: ignore[no-untyped-def]
+    """Tell whether a rule stands for the formula, as there is no foreground.
+
+    NaN stays NaN, whatever the rule: only predictions can be the cause, P is a number.
+    """
+    return sums[P] == 0.0 and term[EMPTY_RULE] != FORMULA and sums[G] == sums[G]
+
+
+@function
+def is_kept(term, sums):  # type: ignore[no-untyped-def]
+    """Tell whether a row has a part in the mean."""
+    return sums[COUNT] != 0.0 and not (is_empty(term, sums) and term[EMPTY_RULE] == SKIP)
+
+
+@function
 def region(term, sums):  # type: ignore[no-untyped-def]
     """Return (value, d value/d F, d value/d G, kept) of one region term for one row of sums."""
-    if sums[COUNT] == 0.0:
+    if not is_kept(term, sums):
         return 0.0, 0.0, 0.0, False
     rule = term[EMPTY_RULE]
-    # NaN stays NaN, whatever the rule: only predictions can be the cause, P is a number.
-    empty = sums[P] == 0.0 and rule != FORMULA and sums[G] == sums[G]
-    if empty and rule == SKIP:
-        return 0.0, 0.0, 0.0, False
+    empty = is_empty(term, sums)
     hits = term[HITS_I] * sums[INNER] + term[HITS_F] * sums[F] + term[HITS_G] * sums[G]
     hits += term[HITS_0]
     errors = term[ERRORS_F] * sums[F] + term[ERRORS_G] * sums[G] + term[ERRORS_0]
@@ -101,7 +115,9 @@ def add_region(term, sums, columns, class_weights, reduction, scale, values, coe
     Two rounds over the rows: how many count must be known before the coefficients are.
     """
     samples, classes = sums.shape[0], sums.shape[1]
-    batch = term[BATCH] != 0.0
+    batch = term[SCOPE] == BATCH
+    in_lines = reduction == MEAN and (term[SCOPE] == IMAGE or term[SCOPE] == CLASS)
+    lines = _kept_lines(term, sums, columns, class_weights) if in_lines else 1
     groups = min(1, samples) if batch else samples
     row = stack_array(SUMS, np.float64)
     kept, total = 0, 0.0
@@ -111,11 +127,16 @@ def add_region(term, sums, columns, class_weights, reduction, scale, values, coe
             value, _, _, keep = region(term, row)
             if keep and class_weights[c] == class_weights[c]:  # NaN: the class is left out
                 kept += 1
-                total += class_weights[c] * value
+                part = class_weights[c] * value
+                if in_lines:
+                    part /= _kept_in_line(term, sums, columns, class_weights, n, c)
+                total += part
                 if reduction == NONE:
                     values[n, c] = class_weights[c] * value
     share = 1.0
-    if reduction == MEAN:
+    if in_lines:
+        share = 1.0 / lines if lines > 0 else 0.0
+    elif reduction == MEAN:
         share = 1.0 / kept if kept > 0 else 0.0
     for n in range(samples):
         for c in range(classes):
@@ -123,9 +144,34 @@ def add_region(term, sums, columns, class_weights, reduction, scale, values, coe
             _, slope_f, slope_g, keep = region(term, row)
             if keep and class_weights[c] == class_weights[c]:
                 factor = term[WEIGHT] * share * scale[n, c] * class_weights[c]
+                if in_lines:
+                    factor /= _kept_in_line(term, sums, columns, class_weights, n, c)
                 coefficients[n, c, 0] -= factor * slope_f
                 coefficients[n, c, 1] += factor * slope_g
     return total * share
+
+
+@function
+def _kept_in_line(term, sums, columns, class_weights, n, c):  # type: ignore[no-untyped-def]
+    """Return how many rows are kept of sample n (scope "image"), or of class c ("class")."""
+    row = stack_array(SUMS, np.float64)
+    along_classes = term[SCOPE] == IMAGE
+    kept = 0
+    for k in range(sums.shape[1] if along_classes else sums.shape[0]):
+        i, j = (n, k) if along_classes else (k, c)
+        if class_weights[j] == class_weights[j]:
+            _collect(sums, columns, i, j, False, row)
+            kept += is_kept(term, row)
+    return kept
+
+
+@function
+def _kept_lines(term, sums, columns, class_weights):  # type: ignore[no-untyped-def]
+    """Return how many samples ("image") or classes ("class") have a row that is kept."""
+    lines = 0
+    for k in range(sums.shape[0] if term[SCOPE] == IMAGE else sums.shape[1]):
+        lines += _kept_in_line(term, sums, columns, class_weights, k, k) > 0
+    return lines
 
 
 @function

@@ -35,13 +35,21 @@ struct Region {
   bool kept;
 };
 
+__device__ bool is_empty(const double* term, const double* sums) {
+  const double G = sums[SUM_FALSE_POSITIVE_SUM];
+  return sums[SUM_TARGETS_SUM] == 0.0 && term[TERM_EMPTY] != EMPTY_FORMULA && G == G;
+}
+
+__device__ bool is_kept(const double* term, const double* sums) {
+  return sums[SUM_COUNT] != 0.0 && !(is_empty(term, sums) && term[TERM_EMPTY] == EMPTY_SKIP);
+}
+
 __device__ Region region(const double* term, const double* sums) {
-  if (sums[SUM_COUNT] == 0.0) return {0.0, 0.0, 0.0, false};
+  if (!is_kept(term, sums)) return {0.0, 0.0, 0.0, false};
   const int rule = int(term[TERM_EMPTY]), link = int(term[TERM_LINK]);
-  const double P = sums[SUM_TARGETS_SUM], I = sums[SUM_TRUE_POSITIVE_SUM];
+  const double I = sums[SUM_TRUE_POSITIVE_SUM];
   const double F = sums[SUM_FALSE_NEGATIVE_SUM], G = sums[SUM_FALSE_POSITIVE_SUM];
-  const bool empty = P == 0.0 && rule != EMPTY_FORMULA && G == G;
-  if (empty && rule == EMPTY_SKIP) return {0.0, 0.0, 0.0, false};
+  const bool empty = is_empty(term, sums);
   const double hits_i = term[TERM_HITS_I], hits_f = term[TERM_HITS_F], hits_g = term[TERM_HITS_G];
   const double errors_f = term[TERM_ERRORS_F], errors_g = term[TERM_ERRORS_G];
   const double eps = term[TERM_EPS];
@@ -115,9 +123,25 @@ struct Work {
 // Both return the reduced value; the value of each row is written to `values` for reduction "none".
 // weights: of the term's classes; NaN leaves a class out.
 
+// How many rows are kept of sample n (scope "image"), or of class c ("class").
+__device__ double kept_in_line(const Work& w, const double* term, const double* weights, long long n,
+                               long long c) {
+  const bool along_classes = term[TERM_SCOPE] == SCOPE_IMAGE;
+  double row[SUM_NUMBER], kept = 0.0;
+  for (long long k = 0; k < (along_classes ? w.shape.classes : w.shape.samples); ++k) {
+    const long long i = along_classes ? n : k, j = along_classes ? k : c;
+    if (weights[j] != weights[j]) continue;
+    w.collect(i, j, false, row);
+    kept += is_kept(term, row);
+  }
+  return kept;
+}
+
 __device__ double add_region(const Work& w, const double* term, const double* weights,
                              double* values) {
-  const bool batch = term[TERM_BATCH] != 0.0;
+  const bool batch = term[TERM_SCOPE] == SCOPE_BATCH, image = term[TERM_SCOPE] == SCOPE_IMAGE;
+  const bool mean = w.shape.reduction == REDUCTION_MEAN;
+  const bool in_lines = mean && (image || term[TERM_SCOPE] == SCOPE_CLASS);
   const long long classes = w.shape.classes, samples = w.shape.samples;
   const long long groups = !batch ? samples * classes : samples > 0 ? classes : 0;
   double row[SUM_NUMBER], total = 0.0, kept = 0.0;
@@ -126,20 +150,25 @@ __device__ double add_region(const Work& w, const double* term, const double* we
     w.collect(n, c, batch, row);
     const Region r = region(term, row);
     if (!r.kept || weights[c] != weights[c]) continue;
-    kept += 1.0;
-    total += weights[c] * r.value;
+    if (!in_lines) kept += 1.0;
+    const double of_line = in_lines ? kept_in_line(w, term, weights, n, c) : 1.0;
+    total += weights[c] * r.value / of_line;
     if (w.shape.reduction == REDUCTION_NONE) values[g] += weights[c] * r.value;
   }
+  if (in_lines)  // the lines that have a row that is kept
+    for (long long k = threadIdx.x; k < (image ? samples : classes); k += THREADS)
+      kept += kept_in_line(w, term, weights, k, k) > 0.0;
   total = sum_for_all(total, w.buffer);
   kept = sum_for_all(kept, w.buffer);
-  const double share = w.shape.reduction != REDUCTION_MEAN ? 1.0 : kept > 0.0 ? 1.0 / kept : 0.0;
+  const double share = !mean ? 1.0 : kept > 0.0 ? 1.0 / kept : 0.0;
   for (long long g = threadIdx.x; g < groups; g += THREADS) {
     const long long c = g % classes, first = batch ? 0 : g / classes;
     const long long last = batch ? samples : first + 1;
     w.collect(first, c, batch, row);
     const Region r = region(term, row);
     if (!r.kept || weights[c] != weights[c]) continue;
-    const double factor = term[TERM_WEIGHT] * share * weights[c];
+    double factor = term[TERM_WEIGHT] * share * weights[c];
+    if (in_lines) factor /= kept_in_line(w, term, weights, first, c);
     for (long long n = first; n < last; ++n) {
       const double scaled = factor * w.scale.of(n, c);
       w.add(n, c, 0, -scaled * r.slope_f, scaled * r.slope_g);

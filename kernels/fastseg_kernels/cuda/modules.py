@@ -61,6 +61,7 @@ def shared_constants() -> str:
             _enum("TERM", (*constants.TERM_FIELDS, "fields")),
             _enum("KIND", constants.KINDS),
             _enum("LINK", constants.LINKS),
+            _enum("SCOPE", constants.SCOPES),
             _enum("EMPTY", constants.EMPTY),
             _enum("NORMALIZE", constants.NORMALIZE),
             _enum("REDUCTION", constants.REDUCTIONS),
