@@ -24,7 +24,15 @@ from statistics import median
 from typing import Any
 
 from benchmarks import peers
-from benchmarks.common import Call, Volume, interleaved, update_limit, value_and_grad_limit, volume
+from benchmarks.common import (
+    Call,
+    Volume,
+    classes,
+    interleaved,
+    update_limit,
+    value_and_grad_limit,
+    volume,
+)
 from benchmarks.updates import LISTS, LR, parameters
 
 import fastseg as fs
@@ -38,6 +46,28 @@ PEERS = {
     "torch.compile": peers.compiled,
     "MONAI DiceCELoss": peers.monai,
 }
+SOFTMAX_LOSS = fs.CrossEntropy() + fs.SoftJaccard()
+SOFTMAX_PEERS = {"PyTorch eager": peers.eager_softmax, "MONAI DiceCELoss": peers.monai_softmax}
+MEMORY = """
+import sys
+from benchmarks import peers
+from benchmarks.common import classes
+import fastseg as fs
+name, count, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+loss = fs.CrossEntropy() + fs.SoftJaccard()
+def run(arrays):
+    if name == "fastseg":
+        loss.value_and_grad(arrays.logits, arrays.targets)
+    else:
+        make = {"PyTorch eager": peers.eager_softmax, "MONAI DiceCELoss": peers.monai_softmax}
+        make[name](arrays)()
+run(classes(count, 8))  # whatever is loaded or compiled is in both
+arrays = classes(count, size)
+if sys.argv[4] == "compute":
+    run(arrays)
+print("done", flush=True)
+sys.stdin.read()
+"""
 FIRST_CALL = """
 import time
 import numpy as np, fastseg as fs
@@ -56,22 +86,63 @@ def compare_losses(sizes: tuple[int, ...], rounds: int, notes: list[str]) -> lis
     """Time the value and the gradient of BCE + soft Jaccard."""
     rows = []
     for size in sizes:
-        calls = loss_calls(volume("float32", size, "uint8"), f"{size}³", notes)
+        calls = loss_calls(LOSS, PEERS, volume("float32", size, "uint8"), f"{size}³", notes)
         rows.append({"volume": f"2x1x{size}³", "seconds": interleaved(calls, rounds)})
         calls.clear()
         volume.cache_clear()  # a gigabyte where volumes are large
     return rows
 
 
-def loss_calls(arrays: Volume, size: str, notes: list[str]) -> dict[str, Call]:
+def compare_classes(
+    volumes: tuple[tuple[int, int], ...], rounds: int, notes: list[str]
+) -> list[dict[str, Any]]:
+    """Time the value and the gradient of cross-entropy + soft Jaccard over classes."""
+    rows = []
+    for count, size in volumes:
+        name, arrays = f"1x{count}x{size}³", classes(count, size)
+        calls = loss_calls(SOFTMAX_LOSS, SOFTMAX_PEERS, arrays, name, notes)
+        seconds = interleaved(calls, rounds)
+        memory = {peer: extra_memory(peer, count, size) for peer in ("fastseg", *SOFTMAX_PEERS)}
+        rows.append(
+            {"volume": name, "seconds": seconds, "memory": memory, "gradient": arrays.out.nbytes}
+        )
+        calls.clear()
+        classes.cache_clear()
+    return rows
+
+
+def extra_memory(name: str, count: int, size: int) -> int:
+    """Return the bytes that a call adds to the peak of a process, as its parent sees it.
+
+    That is the peak of one that makes its arrays and calls, less that of one that makes them only.
+    """
+    peaks = []
+    for step in ("compute", "make"):
+        command = [sys.executable, "-c", MEMORY, name, str(count), str(size), step]
+        with subprocess.Popen(
+            command, cwd=Path(__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as child:
+            assert child.stdout is not None
+            if child.stdout.readline() != b"done\n":
+                raise RuntimeError(f"measuring the memory of {name} failed")
+            status = Path(f"/proc/{child.pid}/status").read_text()  # while it waits for its end
+            peak = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+            peaks.append(int(peak.split()[1]) * 1024)
+            child.communicate()
+    return peaks[0] - peaks[1]
+
+
+def loss_calls(
+    loss: fs.Loss, others: dict[str, Any], arrays: Volume, size: str, notes: list[str]
+) -> dict[str, Call]:
     """Make the calls of all contenders; note which are left out, and values that differ."""
     logits, targets, out = arrays
     calls: dict[str, Call] = {
-        "fastseg": lambda: LOSS.value_and_grad(logits, targets, out=out)[0],
+        "fastseg": lambda: loss.value_and_grad(logits, targets, out=out)[0],
         "limit": value_and_grad_limit(arrays),
     }
     value = float(calls["fastseg"]())
-    for name, make in PEERS.items():
+    for name, make in others.items():
         start = time.perf_counter()
         try:
             calls[name] = make(arrays)
@@ -253,6 +324,27 @@ def loss_table(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def class_table(rows: list[dict[str, Any]]) -> str:
+    """Show the losses over classes, and the memory that a call takes beside its arrays."""
+    head = ["Value and gradient, cross-entropy + soft Jaccard"]
+    head += [f"{name} / fastseg" for name in SOFTMAX_PEERS]
+    head += ["fastseg / machine's limit", "fastseg"]
+    head += [f"extra memory of {name}" for name in ("fastseg", *SOFTMAX_PEERS)]
+    return table(
+        head,
+        [
+            [
+                row["volume"],
+                *(ratio(row["seconds"], name) for name in SOFTMAX_PEERS),
+                ratio(row["seconds"], "fastseg", "limit"),
+                shown(row["seconds"]["fastseg"]),
+                *(f"{row['memory'][n] / row['gradient']:.2f} gradients" for n in row["memory"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
 def adam_table(rows: list[dict[str, Any]]) -> str:
     """Show Adam in the same order, and the bytes that fastseg moves."""
     head = ["Adam step, float32", "torch fused / fastseg", "torch foreach / fastseg"]
@@ -304,11 +396,14 @@ def main() -> None:
     notes: list[str] = []
     result: dict[str, Any] = {"machine": machine()}  # before the load is ours
     result["losses"] = compare_losses(sizes, rounds, notes)
+    several = ((4, 64),) if options.quick else ((4, 128), (16, 128))
+    result["classes"] = compare_classes(several, rounds, notes)
     result["adam"] = compare_adam(lists, rounds)
     result["calls"] = call_overheads()
     result["first"] = starts(1 if options.quick else 5)
     print(result["machine"], end="\n\n")
-    print(loss_table(result["losses"]), adam_table(result["adam"]), sep="\n\n", end="\n\n")
+    print(loss_table(result["losses"]), class_table(result["classes"]), sep="\n\n", end="\n\n")
+    print(adam_table(result["adam"]), end="\n\n")
     print(small_table(result["calls"], result["first"]))
     if notes:
         print("", *(f"- {note}" for note in notes), sep="\n")

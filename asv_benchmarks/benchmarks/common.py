@@ -67,6 +67,16 @@ def volume(dtype: str, size: int, targets: str) -> Volume:
     return Volume(logits, labels, np.ones_like(logits))
 
 
+@cache
+def classes(count: int, size: int) -> Volume:
+    """Make logits (1, count, size, size, size), and the class of each voxel."""
+    rng = np.random.default_rng(0)
+    shape = (1, count, size, size, size)
+    logits = np.resize(rng.standard_normal(PERIOD, np.float32), shape)
+    labels = np.resize(rng.integers(0, count, PERIOD), (1, *shape[2:])).astype(np.uint8)
+    return Volume(logits, labels, np.ones_like(logits))
+
+
 def placed(arrays: Volume, backend: str) -> Volume:
     """Return the arrays where a backend computes."""
     return arrays if backend == "cpu" else Volume(*map(device.to_device, arrays))

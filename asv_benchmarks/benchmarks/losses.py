@@ -11,6 +11,7 @@ from .common import (
     BACKENDS,
     Call,
     Volume,
+    classes,
     gradient_limit,
     over,
     placed,
@@ -23,6 +24,7 @@ DTYPES = ("float32", "bfloat16", "float64")
 SIZES = (64, 128, 256)
 TARGETS = ("uint8", "int64", "float32")
 LOSS = fs.BCE() + fs.SoftJaccard()
+SOFTMAX_LOSS = fs.CrossEntropy() + fs.SoftJaccard()
 
 
 class _Pass:
@@ -101,6 +103,27 @@ class ValueAndGrad(_Pass):
 
     def time_value_and_grad(self, *params: Any) -> None:
         self.call()
+
+
+class OverClasses:
+    """Value and gradient of cross-entropy + soft Jaccard over classes; as `_Pass`, on the CPU."""
+
+    params = ((4, 16, 64),)
+    param_names = ("classes",)
+    timeout = 300
+    unit = "time / limit"
+
+    def setup(self, count: int) -> None:
+        self.arrays = classes(count, 96)
+        logits, targets, out = self.arrays
+        self.call = lambda: SOFTMAX_LOSS.value_and_grad(logits, targets, out=out)
+        self.call()  # compiles
+
+    def time_value_and_grad(self, count: int) -> None:
+        self.call()
+
+    def track_over_limit(self, count: int) -> float:
+        return over(self.call, value_and_grad_limit(self.arrays))
 
 
 class _Peer:

@@ -37,10 +37,10 @@ def _bce_and_jaccard() -> Any:
     return loss
 
 
-def _value_and_grad(loss: Any, arrays: Volume) -> Call:
+def _value_and_grad(loss: Any, arrays: Volume, labels: bool = False) -> Call:
     torch = torch_module()
     logits = torch.from_numpy(arrays.logits).clone().requires_grad_()
-    targets = torch.from_numpy(arrays.targets).to(torch.float32)
+    targets = torch.from_numpy(arrays.targets).to(torch.int64 if labels else torch.float32)
 
     def call() -> Any:
         logits.grad = None  # what zero_grad(set_to_none=True) does
@@ -69,6 +69,30 @@ def monai(arrays: Volume) -> Call:
     from monai.losses import DiceCELoss
 
     return _value_and_grad(DiceCELoss(sigmoid=True, jaccard=True), arrays)
+
+
+def eager_softmax(arrays: Volume) -> Call:
+    """Return forward and backward of cross-entropy + soft Jaccard over classes, by hand."""
+    torch = torch_module()
+
+    def loss(logits: Any, labels: Any) -> Any:
+        targets = torch.nn.functional.one_hot(labels, logits.shape[1]).movedim(-1, 1)
+        probs = torch.softmax(logits, 1)
+        axes = tuple(range(2, logits.ndim))
+        intersection = (probs * targets).sum(axes)
+        union = probs.sum(axes) + targets.sum(axes) - intersection
+        jaccard = 1.0 - intersection / union
+        return torch.nn.functional.cross_entropy(logits, labels) + jaccard.mean()
+
+    return _value_and_grad(loss, arrays, labels=True)
+
+
+def monai_softmax(arrays: Volume) -> Call:
+    """Return forward and backward of MONAI's DiceCELoss over classes with its Jaccard form."""
+    from monai.losses import DiceCELoss
+
+    loss = DiceCELoss(to_onehot_y=True, softmax=True, jaccard=True)
+    return _value_and_grad(lambda x, y: loss(x, y[:, None]), arrays, labels=True)
 
 
 def adam(params: list[np.ndarray], grads: list[np.ndarray], implementation: str) -> Call:
