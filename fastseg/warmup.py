@@ -82,6 +82,8 @@ def _cases() -> list[tuple[str, Callable[[], Any]]]:
     bce, region = fs.BCE(), fs.SoftJaccard(smooth_num=1.0, smooth_den=1.0)
     both = bce + region
     own = np.zeros((1, 1, 2), np.float32)
+    classes, indices = np.zeros((1, 2, 2), np.float32), np.zeros((1, 2), np.uint8)
+    softmax = fs.CrossEntropy() + region
 
     return [
         ("threads", lambda: cpu().describe()),
@@ -95,6 +97,9 @@ def _cases() -> list[tuple[str, Callable[[], Any]]]:
         ("gradients in place of logits", lambda: both.value_and_grad(own, labels, out=own)),
         ("soft targets", lambda: both.value_and_grad(logits, soft)),
         ("soft targets, masked", lambda: both.value_and_grad(logits, soft, mask=mask)),
+        ("softmax over classes", lambda: softmax.value_and_grad(classes, indices)),
+        ("cross-entropy", lambda: fs.CrossEntropy()(classes, indices)),
+        ("softmax with hard scores", lambda: softmax.statistics(classes, indices, track=("hard",))),
         ("sigmoid", lambda: fs.sigmoid(logits)),
         ("label volumes", lambda: fs.jaccard_index(labels[0], labels[0], empty=1.0)),
         *((rule.__name__, _stepper(rule)) for rule in (GradientDescent, Momentum, Adam)),
