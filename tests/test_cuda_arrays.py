@@ -785,6 +785,7 @@ def test_the_mirror_keeps_what_it_does_not_write(monkeypatch):
 
 def test_no_cupy(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(installation.InstallationError, match="CuPy, which launches") as caught:
         libraries.CUDAArray()
     assert "\n" not in str(caught.value)
