@@ -122,7 +122,7 @@ BAD: list[Row] = [
     (lambda: fs.BCE(normalize="mean"), ValueError, "normalize must be one of 'valid', 'all', None"),
     (lambda: fs.Tversky(alpha=-0.1), ValueError, "alpha must be a finite number >= 0, got -0.1"),
     (lambda: fs.SoftJaccard(link="exp"), ValueError, "link must be one of 'one_minus', 'negative'"),
-    (lambda: fs.SoftJaccard(scope="class"), ValueError, "scope must be one of 'sample', 'batch'"),
+    (lambda: fs.SoftJaccard(scope="voxel"), ValueError, "scope must be one of 'sample', 'batch'"),
     (lambda: fs.SoftJaccard(empty="nan"), ValueError, "empty must be one of 'formula', 'one', 'zero'"),
     (lambda: LOSS.replace(compute_dtype="float32"), ValueError, "compute_dtype must be 'auto' or 'float64'"),
     (lambda: fs.SoftDice(eps=math.inf), ValueError, "eps must be a finite number >= 0, got inf"),
