@@ -50,8 +50,10 @@ class Backend(Protocol):
     def statistics(self, problem: Problem, families: frozenset[str]) -> Any:
         """Return the sums of every row, float64 (N, C, K)."""
 
-    def gradient(self, problem: Problem, coefficients: Any, out: View) -> None:
-        """Write the gradient to ``out``."""
+    def gradient(
+        self, problem: Problem, coefficients: Any, out: View, families: frozenset[str]
+    ) -> None:
+        """Write the gradient of a loss that is made of ``families`` to ``out``."""
 
     def prepare(
         self,

@@ -232,7 +232,7 @@ class Loss:
         backend = backend_of(library, logits)
         result = self._evaluate(backend, s._sums_for(backend), s.names, grad_scale)
         coefficients = result.coefficients[chosen.start : chosen.stop]
-        backend.gradient(problem, coefficients, view)
+        backend.gradient(problem, coefficients, view, self.families())
         library.used(problem.owners)
         if out is not None:
             library_of(out, "out").written(out)
@@ -318,7 +318,7 @@ class Loss:
         sums = self._sums(backend, problem, families)
         dtype = problem.arrangement.real
         result = self._evaluate(backend, sums, columns(families), grad_scale, dtype)
-        backend.gradient(problem, result.coefficients, view)
+        backend.gradient(problem, result.coefficients, view, self.families())
         library.used(problem.owners)
         if out is not None:
             library_of(out, "out").written(out)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from fastseg.losses import Loss
 from fastseg_kernels.constants import (
     EMPTY,
+    FORMS,
     KINDS,
     LINKS,
     NORMALIZE,
@@ -25,6 +26,7 @@ from fastseg_kernels.constants import (
     TERM_FIELDS,
 )
 
+Form = Literal["product", "l1", "squared"]
 Link = Literal["one_minus", "negative", "log", "power"]
 Empty = Literal["formula", "one", "zero", "skip"]
 Scope = Literal["sample", "batch", "image", "class"]
@@ -271,6 +273,14 @@ class RegionTerm(Term):
 
     Parameters
     ----------
+    form
+        How targets and probabilities overlap. "product": sum p q, as in the papers; right for
+        binary targets. "l1": sum min(p, q), with F = sum max(p - q, 0) and G = sum max(q - p, 0).
+        For binary targets it is the same; for soft ones its least value is at q = p, where the
+        product's is at a corner: use it for soft targets, label smoothing and distillation.
+        "squared": sum p q over sums of squares, P = sum p^2 and Q = sum q^2 (V-Net's Dice score);
+        its least value is at q = p too. Of F and G it knows the sum alone,
+        sum (p - q)^2, so both must count alike.
     smooth_num, smooth_den
         Added to the numerator and to the denominator of the score. No smoothing by default.
     eps
@@ -292,6 +302,7 @@ class RegionTerm(Term):
         See `Term`.
     """
 
+    form: Form = "product"
     smooth_num: float = 0.0
     smooth_den: float = 0.0
     eps: float = 0.0
@@ -306,6 +317,7 @@ class RegionTerm(Term):
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
+        _choice("form", self.form, FORMS)
         _not_negative(self, "smooth_num", "smooth_den", "eps", "gamma")
         _choice("link", self.link, LINKS)
         if self.gamma != 1.0 and self.link != "power":
@@ -315,10 +327,12 @@ class RegionTerm(Term):
             )
         _choice("scope", self.scope, SCOPES)
         _choice("empty", self.empty, EMPTY)
+        if self.form == "squared":
+            self.row()  # which raises where it has none
 
     def needs(self) -> frozenset[str]:
-        """Need the overlap sums."""
-        return frozenset({"overlap"})
+        """Need the overlap sums of the form."""
+        return frozenset({"overlap" if self.form == "product" else f"overlap_{self.form}"})
 
     def errors(self) -> tuple[float, float]:
         """Return the coefficients of (F, G) in denominator - numerator."""
@@ -334,11 +348,19 @@ class RegionTerm(Term):
         size_p, size_f, size_g = self.sizes()
         # The hits are what the errors leave of the size, in I, F and G (P = I + F). In this order
         # beta - (beta - 1) is exactly 1, and F has no part in the hits of a Tversky index.
+        hits_f, hits_g = size_p - (errors_f - size_f), size_g - errors_g
+        if self.form == "squared":
+            if errors_f != errors_g or hits_f != 0 or hits_g != 0:
+                raise ValueError(
+                    "form='squared' needs missed foreground and false alarms that count alike, "
+                    f"got {self!r}"
+                )
+            errors_f = 0.0
         return {
             "kind": KINDS.index("region"),
             "hits_i": size_p,
-            "hits_f": size_p - (errors_f - size_f),
-            "hits_g": size_g - errors_g,
+            "hits_f": hits_f,
+            "hits_g": hits_g,
             "hits_0": self.smooth_num,
             "errors_f": errors_f,
             "errors_g": errors_g,
@@ -348,6 +370,7 @@ class RegionTerm(Term):
             "gamma": self.gamma,
             "scope": SCOPES.index(self.scope),
             "empty": EMPTY.index(self.empty),
+            "form": FORMS.index(self.form),
         }
 
 
@@ -387,7 +410,7 @@ class SoftDice(RegionTerm):
 
     References
     ----------
-    Milletari, Navab and Ahmadi, V-Net, 3DV 2016 (without their squares).
+    Milletari, Navab and Ahmadi, V-Net, 3DV 2016 (theirs is ``form="squared"``).
 
     Examples
     --------
@@ -433,8 +456,8 @@ class Tversky(RegionTerm):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        super().__post_init__()
         _not_negative(self, "alpha", "beta")
+        super().__post_init__()
 
     def errors(self) -> tuple[float, float]:
         """Return the coefficients of (F, G) in denominator - numerator."""

@@ -23,6 +23,8 @@ LOSSES = [
     fs.Tversky(alpha=1.0, beta=0.0, link="negative", scope="batch"),
     fs.SoftJaccard(scope="image", empty="skip"),
     fs.SoftDice(scope="class", empty="skip"),
+    fs.Tversky(alpha=0.3, beta=0.7, form="l1"),
+    fs.BCE() + fs.SoftDice(form="squared", smooth_num=1e-5, smooth_den=1e-5),
     fs.BCE() + 2.0 * fs.SoftJaccard(),
     fs.BCE(pos_weight=0.5) + fs.Tversky() + 0.25 * fs.SoftDice(empty="skip"),
 ]
@@ -36,6 +38,8 @@ SOFTMAX_LOSSES = [
         fs.CrossEntropy(classes=(1, 2), normalize="all"),
         fs.SoftJaccard(),
         fs.SoftDice(classes=(1, 2), scope="batch", smooth_num=1e-5, smooth_den=1e-5),
+        fs.Tversky(alpha=0.3, beta=0.7, form="l1"),
+        fs.CrossEntropy() + fs.SoftDice(form="squared", smooth_num=1e-5, smooth_den=1e-5),
         fs.CrossEntropy() + 2.0 * fs.SoftJaccard(),
         fs.CrossEntropy(label_smoothing=0.2)
         + fs.Tversky(alpha=0.3, beta=0.7, link="log", eps=1e-7),

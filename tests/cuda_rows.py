@@ -16,12 +16,20 @@ from test_accuracy import (  # noqa: F401
 )
 from test_contract import *  # noqa: F403
 from test_exclusion import *  # noqa: F403
+from test_forms import *  # noqa: F403
 from test_metrics import *  # noqa: F403
 from test_optimizers import *  # noqa: F403
 from test_softmax import *  # noqa: F403
 from test_terms import test_scope_says_which_rows_are_averaged_together  # noqa: F401
 
-MODULES = ("test_contract", "test_exclusion", "test_metrics", "test_optimizers", "test_softmax")
+MODULES = (
+    "test_contract",
+    "test_exclusion",
+    "test_forms",
+    "test_metrics",
+    "test_optimizers",
+    "test_softmax",
+)
 _rows = [name for module in MODULES for name in vars(sys.modules[module]) if name[:5] == "test_"]
 assert len(set(_rows)) == len(_rows), "two of these modules have a test of one name: one is lost"
 __all__ = [name for name in globals() if name.startswith("test_")]

@@ -113,10 +113,12 @@ class MirrorBackend:
         moved, _mirror = self._moved(problem)
         return self.device.to_host(self.device.statistics(moved, families))
 
-    def gradient(self, problem: Problem, coefficients: Any, out: View) -> None:
+    def gradient(
+        self, problem: Problem, coefficients: Any, out: View, families: frozenset[str]
+    ) -> None:
         moved, mirror = self._moved(problem, out)
         there = out._replace(address=mirror[out.address])
-        self.device.gradient(moved, self.cupy.asarray(coefficients), there)
+        self.device.gradient(moved, self.cupy.asarray(coefficients), there, families)
         mirror.fetch()
 
     def prepare(self, *arguments: Any) -> Any:

@@ -148,17 +148,18 @@ def _region_of_probs(term, x, p, weight, valid, activation, reduction):
     else:
         q_, p_, w_, valid_ = q, p, weight, valid
     smooth = {"smooth_num": term.smooth_num, "smooth_den": term.smooth_den, "eps": term.eps}
-    sums = ref.overlap_sums(q_, p_, w_)
+    sums = ref.overlap_sums(q_, p_, w_, term.form)
+    form = {**smooth, "form": term.form}
     if isinstance(term, fs.Tversky):
         ab = (term.alpha, term.beta)
         score = ref.tversky_index(*sums, *ab, **smooth)
-        dscore = ref.tversky_index_gradient(q_, p_, *ab, weights=w_, **smooth)
+        dscore = ref.tversky_index_gradient(q_, p_, *ab, weights=w_, **form)
     elif isinstance(term, fs.SoftJaccard):
         score = ref.soft_jaccard_index(*sums, **smooth)
-        dscore = ref.soft_jaccard_index_gradient(q_, p_, w_, **smooth)
+        dscore = ref.soft_jaccard_index_gradient(q_, p_, w_, **form)
     elif isinstance(term, fs.SoftDice):
         score = ref.soft_dice_score(*sums, **smooth)
-        dscore = ref.soft_dice_score_gradient(q_, p_, w_, **smooth)
+        dscore = ref.soft_dice_score_gradient(q_, p_, w_, **form)
     else:
         raise TypeError(f"give {type(term).__name__} a branch here, from the reference")
     link = term.link

@@ -22,6 +22,7 @@ TARGETS = [
     *((13, architecture) for architecture in (75, 80, 90, 100, 120)),
 ]
 """CUDA versions and architectures; NVRTC 13 knows none below sm_75."""
+FORMS = "OVERLAP_L1 | OVERLAP_SQUARED"
 FAMILIES = ("BCE | OVERLAP", "BCE | HARD | OVERLAP", "BCE_SPLIT | HARD | OVERLAP", "HARD")
 KINDS = [(k, a) for k in ("BINARY", "SOFT", "WEIGHTED") for a in ("SIGMOID", "PROBS")]
 
@@ -67,7 +68,9 @@ def sigmoids() -> list[str]:
 def softmax(verb: str, real: str) -> list[str]:
     """Return the usual kernel, and the one that does all that there is."""
     held = {"float": "8, ", "double": "4, "}[real] if verb == "statistics" else ""
-    usual, every = ("CE | OVERLAP", "CE | CE_UNIFORM | HARD | OVERLAP") if held else ("0", "0")
+    usual, every = "0", FORMS
+    if held:
+        usual, every = "CE | OVERLAP", f"CE | CE_UNIFORM | HARD | OVERLAP | {FORMS}"
     plain, any_other = f"{real}, unsigned char, unsigned", "Any, Any, unsigned long long"
     return [
         f"{verb}_softmax<Softmax<{real}, true, false, {usual}>, {held}{plain}>",
@@ -96,8 +99,26 @@ GROUPS = {
         152,
     ),
     "statistics anywhere": Group("overlap.cu", anywhere("statistics", *FAMILIES[2:]), 128),
+    "statistics, forms": Group(
+        "overlap.cu",
+        [
+            *in_place("statistics", "float", "BCE | OVERLAP_L1", target="float"),
+            *in_place("statistics", "float", "BCE | OVERLAP_SQUARED"),
+            *anywhere("statistics", f"BCE | HARD | OVERLAP | {FORMS}"),
+        ],
+        128,
+    ),
+    "gradient, forms": Group(
+        "overlap.cu",
+        [
+            *in_place("gradient", "float", "OVERLAP_L1", target="float"),
+            *in_place("gradient", "float", "OVERLAP_SQUARED"),
+            *anywhere("gradient", FORMS),
+        ],
+        80,
+    ),
     "sum of tasks": Group("overlap.cu", ["add_tasks"], 64),
-    "evaluation": Group("evaluation.cu", ["evaluate"], 160),
+    "evaluation": Group("evaluation.cu", ["evaluate"], 176),
     "gradient in place": Group("overlap.cu", in_place("gradient", "float", "0"), 40),
     "gradient in place, other targets": Group(
         "overlap.cu",
@@ -109,8 +130,8 @@ GROUPS = {
     ),
     "gradient in place, double": Group("overlap.cu", in_place("gradient", "double", "0"), 64),
     "gradient anywhere": Group("overlap.cu", anywhere("gradient", "0"), 80),
-    "softmax statistics": Group("softmax.cu", softmax("statistics", "float"), 232),
-    "softmax statistics, double": Group("softmax.cu", softmax("statistics", "double"), 192),
+    "softmax statistics": Group("softmax.cu", softmax("statistics", "float"), 248),
+    "softmax statistics, double": Group("softmax.cu", softmax("statistics", "double"), 216),
     "softmax gradient": Group("softmax.cu", softmax("gradient", "float"), 128),
     "softmax gradient, double": Group("softmax.cu", softmax("gradient", "double"), 128),
     "sigmoid in place": Group("logistic.cu", sigmoids(), 40),

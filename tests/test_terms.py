@@ -30,6 +30,7 @@ OPTIONS = {
     "class_weights": (0.5, 2.0, 1.0),
     "classes": (0, -1),
     "normalize": "all",
+    "form": "l1",
     "scope": "batch",
     "empty": "skip",
     "eps": 1e-7,
@@ -46,6 +47,8 @@ def variants(cls: type) -> list[fs.Term]:
     result = [cls(), *(cls(**{name: value}) for name, value in known.items()), cls(**together)]
     if "scope" in names:
         result += [cls(scope=scope, empty="skip") for scope in ("image", "class")]
+    if "form" in names:
+        result += [cls(form="squared"), cls(form="squared", smooth_num=0.7, scope="batch")]
     if "link" in names:
         result += [cls(link="negative"), cls(link="log")]
         result += [cls(link="power", gamma=gamma) for gamma in (0.75, 1.0, 1.4)]

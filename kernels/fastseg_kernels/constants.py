@@ -34,6 +34,8 @@ TARGETS_EQUAL = 2  # one label is the foreground
 BASE_COLUMNS = ("voxels", "count", "invalid", "targets_sum")
 FAMILY_COLUMNS = {
     "overlap": ("true_positive_sum", "false_negative_sum", "false_positive_sum"),
+    "overlap_l1": ("l1_true_positive_sum", "l1_false_negative_sum", "l1_false_positive_sum"),
+    "overlap_squared": ("product_sum", "squared_error_sum"),
     "bce": ("bce_sum",),
     "bce_split": ("bce_pos_sum", "bce_neg_sum"),
     "ce": ("ce_sum",),
@@ -52,30 +54,39 @@ def columns(families: frozenset[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-# One row of the table of terms. With I = true_positive_sum, F = false_negative_sum and G =
-# false_positive_sum, a region term is a function of score = H / (H + E) and of 1 - score =
-# E / (H + E), where
+# One row of the table of terms. A region term is a function of score = H / (H + E) and of
+# 1 - score = E / (H + E), where
 #   H = hits_i I + hits_f F + hits_g G + hits_0        E = errors_f F + errors_g G + errors_0
-# Neither is formed as a difference: a loss near 0 keeps its digits, and a score near 0 too.
+# Neither is formed as a difference: a loss near 0 keeps its digits, and a score near 0 too. What I,
+# F and G are, its form says:
+#   product   sum p q,        sum p (1 - q),    sum (1 - p) q
+#   l1        sum min(p, q),  sum max(p - q, 0),  sum max(q - p, 0)
+#   squared   sum p q,        0,                sum (p - q)^2
 TERM_FIELDS = (
     "kind", "weight", "hits_i", "hits_f", "hits_g", "hits_0", "errors_f", "errors_g", "errors_0",
-    "eps", "link", "gamma", "scope", "empty", "pos_weight", "normalize", "smoothing",
+    "eps", "link", "gamma", "scope", "empty", "form", "pos_weight", "normalize", "smoothing",
 )  # fmt: skip
 KINDS = ("bce", "region", "cross_entropy")
+FORMS = ("product", "l1", "squared")
 LINKS = ("one_minus", "negative", "log", "power")
 SCOPES = ("sample", "batch", "image", "class")
 EMPTY = ("formula", "one", "zero", "skip")
 NORMALIZE = ("sum", "valid", "all", "weights")
 REDUCTIONS = ("none", "mean", "sum")
 
-COEFFICIENTS = 4
+COEFFICIENTS = 7
 """Per row, what the gradient kernel needs (``cpu/points.py`` has the formula): dL/dq of the region
-terms on the foreground and off it, and the weight of the BCE on the foreground and off it. With
-softmax (``cpu/softmax.py``) the last two are the weights of the cross-entropy."""
+terms on the foreground and off it; the weight of the BCE on the foreground and off it (with
+softmax, ``cpu/softmax.py``, that of the cross-entropy of the target's class and of every class);
+dL/dq of the l1 form where q < p and where q > p; and what q - p is multiplied by for the squared
+form."""
+SLOPE_FAMILIES = frozenset({"overlap_l1", "overlap_squared"})
+"""Families whose gradient is code of its own in a kernel, which others do without."""
 
 PICKED = (
     "voxels", "count", "targets_sum", "true_positive_sum", "false_negative_sum",
     "false_positive_sum", "bce_sum", "bce_pos_sum", "bce_neg_sum", "invalid", "ce_sum",
-    "ce_uniform_sum",
+    "ce_uniform_sum", "l1_true_positive_sum", "l1_false_negative_sum", "l1_false_positive_sum",
+    "product_sum", "squared_error_sum",
 )  # fmt: skip
 """The sums that terms are made of, in the order in which ``evaluate`` takes them."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from fastseg_kernels.constants import (
     COEFFICIENTS,
     EMPTY,
+    FORMS,
     KINDS,
     LINKS,
     NORMALIZE,
@@ -34,15 +35,19 @@ HITS_I, HITS_F, HITS_G, HITS_0 = (_AT[f"hits_{n}"] for n in "ifg0")
 ERRORS_F, ERRORS_G, ERRORS_0 = (_AT[f"errors_{n}"] for n in "fg0")
 SCOPE, EMPTY_RULE = _AT["scope"], _AT["empty"]
 POS_WEIGHT, NORMALIZATION = _AT["pos_weight"], _AT["normalize"]
-SMOOTHING = _AT["smoothing"]
+SMOOTHING, FORM = _AT["smoothing"], _AT["form"]
 NEGATIVE, LOG, POWER = LINKS.index("negative"), LINKS.index("log"), LINKS.index("power")
 BCE, REGION, CROSS_ENTROPY = (KINDS.index(n) for n in ("bce", "region", "cross_entropy"))
+L1, SQUARED = FORMS.index("l1"), FORMS.index("squared")
 BATCH, IMAGE, CLASS = (SCOPES.index(name) for name in ("batch", "image", "class"))
 FORMULA, ONE, SKIP = EMPTY.index("formula"), EMPTY.index("one"), EMPTY.index("skip")
 BY_VALID, BY_ALL, BY_WEIGHTS = (NORMALIZE.index(n) for n in ("valid", "all", "weights"))
 NONE, MEAN = 0, 1  # of constants.REDUCTIONS
 
-VOXELS, COUNT, P, INNER, F, G, BCE_ALL, BCE_POS, BCE_NEG, _, CE, CE_UNIFORM = range(len(PICKED))
+(
+    VOXELS, COUNT, P, INNER, F, G, BCE_ALL, BCE_POS, BCE_NEG, _, CE, CE_UNIFORM,
+    L1_INNER, L1_F, L1_G, PRODUCT, SQUARED_ERROR,
+) = range(len(PICKED))  # fmt: skip
 SUMS = len(PICKED)
 
 
@@ -123,7 +128,7 @@ def add_region(term, sums, columns, class_weights, reduction, scale, values, coe
     kept, total = 0, 0.0
     for n in range(groups):
         for c in range(classes):
-            _collect(sums, columns, n, c, batch, row)
+            _collect_region(term, sums, columns, n, c, batch, row)
             value, _, _, keep = region(term, row)
             if keep and class_weights[c] == class_weights[c]:  # NaN: the class is left out
                 kept += 1
@@ -140,14 +145,21 @@ def add_region(term, sums, columns, class_weights, reduction, scale, values, coe
         share = 1.0 / kept if kept > 0 else 0.0
     for n in range(samples):
         for c in range(classes):
-            _collect(sums, columns, n, c, batch, row)
+            _collect_region(term, sums, columns, n, c, batch, row)
             _, slope_f, slope_g, keep = region(term, row)
             if keep and class_weights[c] == class_weights[c]:
                 factor = term[WEIGHT] * share * scale[n, c] * class_weights[c]
                 if in_lines:
                     factor /= _kept_in_line(term, sums, columns, class_weights, n, c)
-                coefficients[n, c, 0] -= factor * slope_f
-                coefficients[n, c, 1] += factor * slope_g
+                if term[FORM] == L1:
+                    coefficients[n, c, 4] -= factor * slope_f
+                    coefficients[n, c, 5] += factor * slope_g
+                elif term[FORM] == SQUARED:
+                    coefficients[n, c, 0] -= factor * slope_f
+                    coefficients[n, c, 6] += 2.0 * factor * slope_g
+                else:
+                    coefficients[n, c, 0] -= factor * slope_f
+                    coefficients[n, c, 1] += factor * slope_g
     return total * share
 
 
@@ -160,7 +172,7 @@ def _kept_in_line(term, sums, columns, class_weights, n, c):  # type: ignore[no-
     for k in range(sums.shape[1] if along_classes else sums.shape[0]):
         i, j = (n, k) if along_classes else (k, c)
         if class_weights[j] == class_weights[j]:
-            _collect(sums, columns, i, j, False, row)
+            _collect_region(term, sums, columns, i, j, False, row)
             kept += is_kept(term, row)
     return kept
 
@@ -183,6 +195,16 @@ def _collect(sums, columns, n, c, batch, row):  # type: ignore[no-untyped-def]
         if columns[k] >= 0:
             for sample in range(first, last):
                 row[k] += sums[sample, c, columns[k]]
+
+
+@function
+def _collect_region(term, sums, columns, n, c, batch, row):  # type: ignore[no-untyped-def]
+    """Copy a row of sums with I, F and G of the term's form."""
+    _collect(sums, columns, n, c, batch, row)
+    if term[FORM] == L1:
+        row[INNER], row[F], row[G] = row[L1_INNER], row[L1_F], row[L1_G]
+    elif term[FORM] == SQUARED:
+        row[INNER], row[F], row[G] = row[PRODUCT], 0.0, row[SQUARED_ERROR]
 
 
 @function

@@ -25,7 +25,7 @@ from fastseg_kernels.cpu.intrinsics import (
     wide_vectors,
 )
 from fastseg_kernels.cpu.operands import SCRATCH_WORDS, STAGE, voxel_address
-from fastseg_kernels.cpu.points import Variant, make_point
+from fastseg_kernels.cpu.points import Coefficients, Variant, make_point
 from fastseg_kernels.cpu.stage import EXCLUDED_INPUT, JOB, LOAD_REQUEST
 from fastseg_kernels.cpu.tiles import TILE, make_tile_sums
 
@@ -157,6 +157,7 @@ def gradient_kernel(variant: Variant) -> Kernel:
     real = REALS[variant.real]
     T = real.scalar
     binary, weighted = variant.targets == "binary", variant.targets == "weighted"
+    folded = binary and variant.activation == "sigmoid" and "overlap_l1" in variant.families
     Target = np.uint8 if binary else T
     zero = T(0)
     slope = make_point(variant, real).slope
@@ -164,9 +165,12 @@ def gradient_kernel(variant: Variant) -> Kernel:
     @function
     def slopes(x, p, w, count, coefficients, out):  # type: ignore[no-untyped-def]
         wide_vectors()
-        a, b, c, d = coefficients[0], coefficients[1], coefficients[2], coefficients[3]
+        k = Coefficients(
+            coefficients[0], coefficients[1], coefficients[2], coefficients[3], coefficients[4],
+            coefficients[5], coefficients[6],
+        )  # fmt: skip
         for i in range(count):
-            out[i] = slope(x[i], p[i], w[i] if weighted else zero, a, b, c, d)
+            out[i] = slope(x[i], p[i], w[i] if weighted else zero, k)
 
     def gradient(job_address, first, last):  # type: ignore[no-untyped-def]
         job = carray(pointer_to(job_address, JOB), 1)[0]
@@ -190,6 +194,8 @@ def gradient_kernel(variant: Variant) -> Kernel:
                     )
                     for i in range(COEFFICIENTS):
                         k[i] = T(exact[i])
+                    if folded:
+                        k[0], k[1] = T(exact[0] + exact[4]), T(exact[1] + exact[5])
                     g_here = g
                     if job.in_place != 0:
                         g_here = pointer_to(voxel_address(job.out, n, c, voxel), T)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fastseg_kernels.constants import (
     FLOAT_DTYPES,
     ITEM_SIZES,
+    SLOPE_FAMILIES,
     TARGETS_AS_STORED,
     columns,
 )
@@ -40,7 +41,7 @@ class _Plan(NamedTuple):
     blocks: int
     share: bool  # large enough for more than one thread
     kernels: dict[frozenset[str], tuple[Kernel, tuple[int, ...]]]  # statistics; shape of sums
-    gradient: Kernel | None  # where there is an output
+    gradients: dict[frozenset[str], Kernel]  # by families of SLOPE_FAMILIES
     free: list[tuple[NDArray[np.int64], int]]  # jobs, with their addresses, that no call uses now
 
 
@@ -133,9 +134,8 @@ def _plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
     blocks = int(record["blocks"])
     tasks = shape[0] * groups * blocks
     variant = Variant(real, kind, arrangement.activation)
-    kernel = None if out is None else overlap.gradient_kernel(variant)
     share = prod(shape) >= SHARED_FROM
-    return _Plan(job.view(np.int64), overlap, variant, tasks, blocks, share, {}, kernel, [])
+    return _Plan(job.view(np.int64), overlap, variant, tasks, blocks, share, {}, {}, [])
 
 
 def _softmax_plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
@@ -168,9 +168,8 @@ def _softmax_plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
     targets = "indexed" if arrangement.indexed else "soft"
     weighted = "weighted_" if arrangement.weights is not None else ""
     variant = Variant(real, weighted + targets, "softmax")
-    kernel = None if out is None else softmax.gradient_kernel(variant)
     tasks, share = shape[0] * blocks, prod(shape) >= SHARED_FROM
-    return _Plan(job.view(np.int64), softmax, variant, tasks, blocks, share, {}, kernel, [])
+    return _Plan(job.view(np.int64), softmax, variant, tasks, blocks, share, {}, {}, [])
 
 
 def _take_job(plan: _Plan, addresses: tuple[int, ...]) -> tuple[NDArray[np.int64], int]:
@@ -218,15 +217,22 @@ def statistics(problem: Problem, families: frozenset[str]) -> NDArray[np.float64
     return total
 
 
-def gradient(problem: Problem, coefficients: NDArray[np.float64], out: View) -> None:
-    """Write dL/dlogits (or dL/dprobs) to ``out`` from the coefficients of every row (N, C, 4).
+def gradient(
+    problem: Problem,
+    coefficients: NDArray[np.float64],
+    out: View,
+    families: frozenset[str] = frozenset(),
+) -> None:
+    """Write dL/dlogits (or dL/dprobs) to ``out`` from the coefficients of every row.
 
-    ``coefficients`` are C-contiguous. One read of every operand and one write; ``out`` may be the
-    logits themselves.
+    ``coefficients`` are C-contiguous (N, C, COEFFICIENTS), of a loss that is made of ``families``.
+    One read of every operand and one write; ``out`` may be the logits themselves.
     """
     plan = _plan(problem.arrangement, out.layout)
-    kernel = plan.gradient
-    assert kernel is not None
+    kernel = plan.gradients.get(families)
+    if kernel is None:
+        variant = plan.variant._replace(families=families & SLOPE_FAMILIES)
+        kernel = plan.gradients[families] = plan.module.gradient_kernel(variant)
     job = _take_job(plan, (*problem.addresses, out.address))
     words, address = job
     words[COEFFICIENT_TABLE] = _address(coefficients)

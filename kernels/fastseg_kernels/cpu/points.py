@@ -16,11 +16,16 @@ The voxel's BCE is softplus(z) = max(z, 0) + log(1 + e), z being x with its sign
 Sixteen voxels share one logarithm: ``product`` carries (1 + e1)(1 + e2)... - 1 as s + e + s e,
 which stays exact where every e is tiny.
 
-Coefficients are (on_target, off_target, bce_target, bce_other), already scaled by everything that
-scales the gradient:
+Coefficients are (on_target, off_target, bce_target, bce_other, below, above, square), already
+scaled by everything that scales the gradient:
 
     dL/dq = on_target p + off_target (1 - p)           region terms, times dq/dx = q (1 - q)
+            + (below if q < p, above if q > p, their mean if q = p) + square (q - p)
     dL/dx = ... - bce_target p (1 - q) + bce_other (1 - p) q
+
+p - q is formed as p (1 - q) - (1 - p) q, whose sign is exact, and which has its digits, wherever p
+is 0 or 1. For binary targets ``below`` belongs to the foreground and ``above`` to the background:
+the caller adds them to the first two.
 
 Largest errors of one voxel's parts in float32, for targets 0 and 1 and |x| <= 87.683, by
 ``tests/test_elementary.py``: p (1 - q) and (1 - p) q 2.79 ulp, BCE 3.67, q (1 - q) in the gradient
@@ -33,6 +38,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastseg_kernels.constants import SLOPE_FAMILIES
 from fastseg_kernels.cpu.compiled import inlined
 from fastseg_kernels.cpu.elementary import Real, make_exp_negative, make_log, make_log1p
 from fastseg_kernels.cpu.intrinsics import fma
@@ -44,11 +50,23 @@ class Variant(NamedTuple):
     real: str  # "float32" or "float64": the type that a voxel is computed in
     targets: str  # "binary", "soft" or "weighted" (soft, with a weight per voxel)
     activation: str  # "sigmoid" or "probs"
-    families: frozenset[str] = frozenset()
+    families: frozenset[str] = frozenset()  # of sums; of a gradient only those of SLOPE_FAMILIES
 
     def name(self, verb: str) -> str:
         """Name the kernel of one verb."""
         return "-".join([verb, self.real, self.targets, self.activation, *sorted(self.families)])
+
+
+class Coefficients(NamedTuple):
+    """The coefficients of a row, in their order (`constants.COEFFICIENTS`)."""
+
+    on_target: Any
+    off_target: Any
+    bce_target: Any
+    bce_other: Any
+    below: Any
+    above: Any
+    square: Any
 
 
 class Point(NamedTuple):
@@ -73,6 +91,10 @@ class Sums(NamedTuple):
     inner: Any  # sum p q
     missed: Any  # sum p (1 - q)
     false_alarm: Any  # sum (1 - p) q
+    common: Any  # sum min(p, q)
+    short: Any  # sum max(p - q, 0)
+    excess: Any  # sum max(q - p, 0)
+    square: Any  # sum (p - q)^2
     target: Any  # sum p
     hits: Any  # voxels with q over the threshold and p
     predicted: Any  # with q over the threshold
@@ -83,7 +105,16 @@ class Sums(NamedTuple):
 
 def no_voxels(real: Real) -> Sums:
     """Return the sums over nothing."""
-    return Sums(*(real.scalar(0),) * 8, *(real.integer(0),) * 5)
+    return Sums(*(real.scalar(0),) * 12, *(real.integer(0),) * 5)
+
+
+def sums_needed(families: frozenset[str], binary: bool) -> tuple[bool, bool, bool]:
+    """Return which sums are added up: p q and its errors, min(p, q) and its errors, (p - q)^2.
+
+    With targets of 0 and 1 min(p, q) is p q: the first then serve as the second.
+    """
+    l1, squared = "overlap_l1" in families, "overlap_squared" in families
+    return "overlap" in families or squared or (l1 and binary), l1 and not binary, squared
 
 
 def make_point(variant: Variant, real: Real) -> Point:
@@ -118,6 +149,10 @@ def _join(real: Real) -> Any:
             a.inner + b.inner,
             a.missed + b.missed,
             a.false_alarm + b.false_alarm,
+            a.common + b.common,
+            a.short + b.short,
+            a.excess + b.excess,
+            a.square + b.square,
             a.target + b.target,
             I(a.hits + b.hits),
             I(a.predicted + b.predicted),
@@ -144,19 +179,49 @@ def _count(real: Real) -> Any:
     return count
 
 
+def make_short_and_excess(real: Real) -> Any:
+    """Return ``short_and_excess(d) = max(d, 0), max(-d, 0)``; NaN is in the second."""
+    zero = real.scalar(0)
+
+    @inlined
+    def short_and_excess(difference):  # type: ignore[no-untyped-def]
+        short = difference if difference > zero else zero
+        return short, zero if difference >= zero else -difference
+
+    return short_and_excess
+
+
+def make_bent(variant: Variant, real: Real) -> Any:
+    """Return ``bent(p - q, below, above, square)``, what the l1 and squared forms add to dL/dq."""
+    T = real.scalar
+    zero, half = T(0), T(0.5)
+    l1, squared = "overlap_l1" in variant.families, "overlap_squared" in variant.families
+
+    @inlined
+    def bent(difference, below, above, square):  # type: ignore[no-untyped-def]
+        value = zero
+        if l1:
+            side = below if difference > zero else above
+            value = side if difference != zero else half * (below + above)
+        return fma(-square, difference, value) if squared else value
+
+    return bent
+
+
 def _binary_point(variant: Variant, real: Real) -> Point:
     T = real.scalar
     zero, one, background = T(0), T(1), np.uint8(0)
     exp_negative = make_exp_negative(real)
     bce = bool({"bce", "bce_split"} & variant.families)
     split = "bce_split" in variant.families
-    overlap, hard = "overlap" in variant.families, "hard" in variant.families
+    overlap, _, squared = sums_needed(variant.families, binary=True)
+    hard = "hard" in variant.families
     count = _count(real)
 
     @inlined
     def add(x, p, w, threshold, sums):  # type: ignore[no-untyped-def]
-        (product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, target,
-         hits, predicted, true, undefined, bad) = sums  # fmt: skip
+        (product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, common, short,
+         excess, square, target, hits, predicted, true, undefined, bad) = sums  # fmt: skip
         is_target = p != background
         size = abs(x)
         e = exp_negative(size)
@@ -169,35 +234,40 @@ def _binary_point(variant: Variant, real: Real) -> Point:
             inner += right if is_target else zero
             missed += wrong if is_target else zero
             false_alarm += zero if is_target else wrong
+        if squared:
+            square = fma(wrong, wrong, square)
         if bce:
-            excess = size if on_wrong_side else zero
+            beyond = size if on_wrong_side else zero
             if split:
                 e_pos = e if is_target else zero
                 e_neg = zero if is_target else e
                 product_pos = fma(product_pos, e_pos, product_pos + e_pos)
                 product_neg = fma(product_neg, e_neg, product_neg + e_neg)
-                bce_pos += excess if is_target else zero
-                bce_neg += zero if is_target else excess
+                bce_pos += beyond if is_target else zero
+                bce_neg += zero if is_target else beyond
             else:
                 product_pos = fma(product_pos, e, product_pos + e)
-                bce_pos += excess
+                bce_pos += beyond
         if hard:
             over, no_answer = x >= threshold, x != x
             hits, predicted, undefined = count(
                 hits, predicted, undefined, over, is_target, no_answer
             )
-        return Sums(product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, target,
-                    hits, predicted, true, undefined, bad)  # fmt: skip
+        return Sums(product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, common,
+                    short, excess, square, target, hits, predicted, true, undefined,
+                    bad)  # fmt: skip
 
     @inlined
-    def slope(x, p, w, on_target, off_target, bce_target, bce_other):  # type: ignore[no-untyped-def]
+    def slope(x, p, w, k):  # type: ignore[no-untyped-def]
         is_target = p != background
         e = exp_negative(abs(x))
         large = one / (one + e)
         small = fma(-e, e * large, e)
         wrong = large if (x >= zero) != is_target else small
-        region = on_target if is_target else off_target
-        bce_weight = -bce_target if is_target else bce_other
+        region = k.on_target if is_target else k.off_target
+        if squared:
+            region = fma(k.square, -wrong if is_target else wrong, region)
+        bce_weight = -k.bce_target if is_target else k.bce_other
         return fma(bce_weight, wrong, region * fma(-small, small, small))
 
     return Point(add, _join(real), _log_sum(real), slope)
@@ -209,14 +279,19 @@ def _soft_point(variant: Variant, real: Real) -> Point:
     exp_negative, log1p = make_exp_negative(real), make_log1p(real)
     bce = bool({"bce", "bce_split"} & variant.families)
     split = "bce_split" in variant.families
-    overlap, hard = "overlap" in variant.families, "hard" in variant.families
-    count = _count(real)
-    weighted = variant.targets == "weighted"
+    overlap, l1, squared = sums_needed(variant.families, binary=False)
+    hard = "hard" in variant.families
+    count, short_and_excess, bent = (
+        _count(real),
+        make_short_and_excess(real),
+        make_bent(variant, real),
+    )
+    weighted, is_bent = variant.targets == "weighted", bool(SLOPE_FAMILIES & variant.families)
 
     @inlined
     def add(x, p, w, threshold, sums):  # type: ignore[no-untyped-def]
-        (product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, target,
-         hits, predicted, true, undefined, bad) = sums  # fmt: skip
+        (product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, common, short,
+         excess, square, target, hits, predicted, true, undefined, bad) = sums  # fmt: skip
         weight = w if weighted else one
         other = one - p
         over, no_answer = x >= threshold, x != x
@@ -224,13 +299,22 @@ def _soft_point(variant: Variant, real: Real) -> Point:
             x = x if w != zero else zero  # weight 0 leaves out whatever is stored there
         size = abs(x)
         e = exp_negative(size)
-        if overlap:
+        if overlap or l1:
             large = one / (one + e)
             small = e * large
             q, rest = (large, small) if x >= zero else (small, large)
+            difference = p * rest - other * q
+        if overlap:
             inner += weight * p * q
             missed += weight * p * rest
             false_alarm += weight * other * q
+        if l1:
+            under, over_by = short_and_excess(difference)
+            common += weight * (q if difference > zero else p)
+            short += weight * under
+            excess += weight * over_by
+        if squared:
+            square += weight * (difference * difference)
         if split:
             log_rest = log1p(e)
             excess_pos = size if x < zero and p != zero else zero  # 0 * inf is 0 here, not NaN
@@ -239,12 +323,12 @@ def _soft_point(variant: Variant, real: Real) -> Point:
             bce_neg += weight * other * (excess_neg + log_rest)
         elif bce:
             share = other if x > zero else p
-            excess = size * share if share != zero else zero
+            beyond = size * share if share != zero else zero
             if weighted:
-                bce_pos += weight * (excess + log1p(e))
+                bce_pos += weight * (beyond + log1p(e))
             else:
                 product_pos = fma(product_pos, e, product_pos + e)
-                bce_pos += excess
+                bce_pos += beyond
         if hard:
             is_target = p >= half
             true = I(true + (unit if is_target else nothing))
@@ -255,11 +339,12 @@ def _soft_point(variant: Variant, real: Real) -> Point:
         bad = I(bad | (nothing if zero <= p <= one else unit))
         if weighted:
             bad = I(bad | (nothing if w >= zero else unit))
-        return Sums(product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, target,
-                    hits, predicted, true, undefined, bad)  # fmt: skip
+        return Sums(product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, common,
+                    short, excess, square, target, hits, predicted, true, undefined,
+                    bad)  # fmt: skip
 
     @inlined
-    def slope(x, p, w, on_target, off_target, bce_target, bce_other):  # type: ignore[no-untyped-def]
+    def slope(x, p, w, k):  # type: ignore[no-untyped-def]
         other = one - p
         if weighted:
             x = x if w != zero else zero
@@ -267,8 +352,11 @@ def _soft_point(variant: Variant, real: Real) -> Point:
         large = one / (one + e)
         small = fma(-e, e * large, e)
         q, rest = (large, small) if x >= zero else (small, large)
-        region = (on_target * p + off_target * other) * fma(-small, small, small)
-        value = fma(bce_other * other, q, region) - bce_target * p * rest
+        region = k.on_target * p + k.off_target * other
+        if is_bent:
+            region += bent(p * rest - other * q, k.below, k.above, k.square)
+        region *= fma(-small, small, small)
+        value = fma(k.bce_other * other, q, region) - k.bce_target * p * rest
         return w * value if weighted else value
 
     return Point(add, _join(real), _log_sum(real), slope)
@@ -282,14 +370,19 @@ def _probs_point(variant: Variant, real: Real) -> Point:
     log, log1p = make_log(real), make_log1p(real)
     bce = bool({"bce", "bce_split"} & variant.families)
     split = "bce_split" in variant.families
-    overlap, hard = "overlap" in variant.families, "hard" in variant.families
-    count = _count(real)
-    weighted = variant.targets == "weighted"
+    overlap, l1, squared = sums_needed(variant.families, binary=False)
+    hard = "hard" in variant.families
+    count, short_and_excess, bent = (
+        _count(real),
+        make_short_and_excess(real),
+        make_bent(variant, real),
+    )
+    weighted, is_bent = variant.targets == "weighted", bool(SLOPE_FAMILIES & variant.families)
 
     @inlined
     def add(x, p, w, threshold, sums):  # type: ignore[no-untyped-def]
-        (product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, target,
-         hits, predicted, true, undefined, bad) = sums  # fmt: skip
+        (product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, common, short,
+         excess, square, target, hits, predicted, true, undefined, bad) = sums  # fmt: skip
         weight = w if weighted else one
         p_real = T(p)
         over, no_answer, outside = x >= threshold, x != x, x < zero or x > one
@@ -300,6 +393,13 @@ def _probs_point(variant: Variant, real: Real) -> Point:
             inner += weight * p_real * x
             missed += weight * p_real * rest
             false_alarm += weight * other * x
+        if l1:
+            under, over_by = short_and_excess(p_real - x)
+            common += weight * (x if p_real > x else p_real)
+            short += weight * under
+            excess += weight * over_by
+        if squared:
+            square += weight * ((p_real - x) * (p_real - x))
         if bce:
             log_q = log(x)
             log_rest = log1p(-x) if x < one else (floor if x == one else x)
@@ -321,23 +421,26 @@ def _probs_point(variant: Variant, real: Real) -> Point:
         bad = I(bad | (unit if outside else nothing))
         if weighted:
             bad = I(bad | (nothing if w >= zero else unit))
-        return Sums(product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, target,
-                    hits, predicted, true, undefined, bad)  # fmt: skip
+        return Sums(product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, common,
+                    short, excess, square, target, hits, predicted, true, undefined,
+                    bad)  # fmt: skip
 
     @inlined
     def log_sum(product, direct):  # type: ignore[no-untyped-def]
         return direct
 
     @inlined
-    def slope(x, p, w, on_target, off_target, bce_target, bce_other):  # type: ignore[no-untyped-def]
+    def slope(x, p, w, k):  # type: ignore[no-untyped-def]
         p_real = T(p)
         if weighted:
             x = x if w != zero else zero
         other, rest = one - p_real, one - x
         spread = x * rest
         spread = smallest if spread < smallest else spread
-        value = on_target * p_real + off_target * other
-        value += (bce_other * other * x - bce_target * p_real * rest) / spread
+        value = k.on_target * p_real + k.off_target * other
+        if is_bent:
+            value += bent(p_real - x, k.below, k.above, k.square)
+        value += (k.bce_other * other * x - k.bce_target * p_real * rest) / spread
         return w * value if weighted else value
 
     return Point(add, _join(real), log_sum, slope)

@@ -21,7 +21,8 @@ the weight of -log q_c in the cross-entropy (a_c for the target's class, b_c for
     dL/dx_c = q_c ((h_c - h_r) - sum_k q_k (h_k - h_r)) + q_c sum_{k != c} T_k - T_c (1 - q_c)
 
 The difference to r makes the sum as small as the gradient is where q_r is near 1. The coefficients
-of a row are (on, off, a, b).
+of a row are (on, off, a, b, below, above, square): h_c also has what the l1 and squared forms add,
+as in `points`, and is then kept for a tile as e_c is.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from fastseg_kernels.cpu.intrinsics import (
 )
 from fastseg_kernels.cpu.operands import voxel_address
 from fastseg_kernels.cpu.points import Variant
-from fastseg_kernels.cpu.softmax_slopes import make_tile_gradient
+from fastseg_kernels.cpu.softmax_slopes import has_slopes, make_tile_gradient
 from fastseg_kernels.cpu.softmax_stage import (
     BUFFER,
     LONGEST_TILE,
@@ -141,12 +142,14 @@ def gradient_kernel(variant: Variant) -> Kernel:
     size = np.dtype(T).itemsize
     p_length = BUFFER if "soft" in variant.targets else 1
     k_length = (COEFFICIENTS + 1) * MOST_CLASSES
+    h_length = BUFFER if has_slopes(variant) else 1
+    folded = "overlap_l1" in variant.families and "soft" not in variant.targets
     tile_gradient = make_tile_gradient(variant, real)
 
     def gradient(job_address, first, last):  # type: ignore[no-untyped-def]
         job = carray(pointer_to(job_address, JOB), 1)[0]
         x, e, p = stack_array(BUFFER, T), stack_array(BUFFER, T), stack_array(p_length, T)
-        k = stack_array(k_length, T)
+        h, k = stack_array(h_length, T), stack_array(k_length, T)
         target, keep = stack_array(LONGEST_TILE, I), stack_array(LONGEST_TILE, T)
         weight, scratch = stack_array(LONGEST_TILE, T), stack_array(LONGEST_TILE, np.int64)
         ask_pointer, put_pointer = stack_array(1, TILE_REQUEST), stack_array(1, LOAD_REQUEST)
@@ -162,6 +165,11 @@ def gradient_kernel(variant: Variant) -> Kernel:
                 of_all += exact[COEFFICIENTS * c + 3]
                 for j in range(COEFFICIENTS):
                     k[j * job.classes + c] = T(exact[COEFFICIENTS * c + j])
+                if folded:  # targets are 0 and 1
+                    k[c] = T(exact[COEFFICIENTS * c] + exact[COEFFICIENTS * c + 4])
+                    k[job.classes + c] = T(
+                        exact[COEFFICIENTS * c + 1] + exact[COEFFICIENTS * c + 5]
+                    )
             for c in range(job.classes):
                 k[COEFFICIENTS * job.classes + c] = T(of_all - exact[COEFFICIENTS * c + 3])
             end = min(job.voxels, (block + 1) * job.block)
@@ -177,8 +185,8 @@ def gradient_kernel(variant: Variant) -> Kernel:
                 in_place = job.in_place != 0 and whole
                 if in_place:
                     there, there_step = voxel_address(job.out, n, 0, voxel), job.out.stride_c
-                tile_gradient(here, here_step, ask.p, address_of(e), ask.tile, job.classes,
-                              target, weight, k, there, there_step)  # fmt: skip
+                tile_gradient(here, here_step, ask.p, address_of(e), address_of(h), ask.tile,
+                              job.classes, target, weight, k, there, there_step)  # fmt: skip
                 if not in_place:
                     put.n, put.voxel, put.count = n, voxel, ask.count
                     for c in range(job.classes):

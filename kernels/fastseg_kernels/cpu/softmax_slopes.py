@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fastseg_kernels.constants import COEFFICIENTS
 from fastseg_kernels.cpu.compiled import function, inlined, pasted
 from fastseg_kernels.cpu.elementary import Real
 from fastseg_kernels.cpu.intrinsics import (
@@ -21,8 +22,29 @@ from fastseg_kernels.cpu.intrinsics import (
     wide_vectors,
 )
 from fastseg_kernels.cpu.points import Variant
+from fastseg_kernels.cpu.points import make_bent as make_bent_point
 from fastseg_kernels.cpu.softmax_stage import LONGEST_TILE
 from fastseg_kernels.cpu.softmax_walk import Tops, make_end_group, make_slope, make_walk
+
+
+def has_slopes(variant: Variant) -> bool:
+    """Tell whether h_c depends on q_c. With class indices, p in {0, 1}, the l1 form's does not."""
+    l1, squared = (f"overlap_{form}" in variant.families for form in ("l1", "squared"))
+    return squared or (l1 and "indexed" not in variant.targets)
+
+
+def make_bent(variant: Variant, real: Real) -> Any:
+    """Return what the l1 and squared forms add to h_c; ``rest`` is 1 - q."""
+    zero, one = real.scalar(0), real.scalar(1)
+    indexed, bent = "indexed" in variant.targets, make_bent_point(variant, real)
+
+    @inlined
+    def bent_class(is_target, p, q, rest, below, above, square):  # type: ignore[no-untyped-def]
+        if indexed:  # below and above are in on and off
+            return bent(rest if is_target else -q, zero, zero, square)
+        return bent(p * rest - (one - p) * q, below, above, square)
+
+    return bent_class
 
 
 def make_tile_gradient(variant: Variant, real: Real) -> Any:
@@ -31,8 +53,9 @@ def make_tile_gradient(variant: Variant, real: Real) -> Any:
     size = np.dtype(T).itemsize
     zero, one = T(0), T(1)
     indexed = "indexed" in variant.targets
-    walk, end_group = make_walk(variant, real, True), make_end_group(real)
-    slope = make_slope(variant, real)
+    is_bent = has_slopes(variant)
+    walk, end_group = make_walk(variant, real, not is_bent), make_end_group(real)
+    slope, bent = make_slope(variant, real), make_bent(variant, real)
 
     @pasted
     def find_pulls(p, tile, classes, mine, pull, group, strongest, equal):  # type: ignore[no-untyped-def]
@@ -64,8 +87,30 @@ def make_tile_gradient(variant: Variant, real: Real) -> Any:
             return here, pull + (equal - one) * strongest
         return here, (pull + equal * strongest) - here
 
+    @pasted
+    def fill_slopes(e, p, h, tile, classes, target, k, left, scaled, largest, h_top):  # type: ignore[no-untyped-def]
+        """Fill h_c where it depends on q_c, and that of a class that reaches m."""
+        for c in range(classes):
+            e_row, share = pointer_to(e + c * tile * size, T), pointer_to(p + c * tile * size, T)
+            h_row, label = pointer_to(h + c * tile * size, T), I(c)
+            steep, flat = k[c], k[classes + c]
+            below, above, square = k[4 * classes + c], k[5 * classes + c], k[6 * classes + c]
+            for i in range(tile):
+                is_target = is_same(target[i], label)
+                part = zero if indexed else share[i]
+                q = e_row[i] * scaled[i]
+                rest = (left[i] + (largest[i] - e_row[i])) * scaled[i]
+                linear = slope(is_target, share, i, steep, flat)
+                value = linear + bent(is_target, part, q, rest, below, above, square)
+                h_row[i] = value
+                h_top[i] = select(e_row[i] == largest[i], value, h_top[i])
+
+    @inlined
+    def slope_at(h_row, is_target, share, i, steep, flat):  # type: ignore[no-untyped-def]
+        return h_row[i] if is_bent else slope(is_target, share, i, steep, flat)
+
     @function
-    def tile_gradient(x, x_step, p, e, tile, classes, target, weight, k, out, out_step):  # type: ignore[no-untyped-def]
+    def tile_gradient(x, x_step, p, e, h, tile, classes, target, weight, k, out, out_step):  # type: ignore[no-untyped-def]
         wide_vectors()
         scaled, left = stack_array(LONGEST_TILE, T), stack_array(LONGEST_TILE, T)
         mean = stack_array(LONGEST_TILE, T)
@@ -79,7 +124,7 @@ def make_tile_gradient(variant: Variant, real: Real) -> Any:
         on, off = k, pointer_to(address_of(k) + classes * size, T)
         mine = pointer_to(address_of(k) + 2 * classes * size, T)
         everyone = pointer_to(address_of(k) + 3 * classes * size, T)
-        rest_of_all = pointer_to(address_of(k) + 4 * classes * size, T)
+        rest_of_all = pointer_to(address_of(k) + COEFFICIENTS * classes * size, T)
         if indexed:
             for i in range(tile):
                 mean[i], pull[i] = zero, zero
@@ -92,27 +137,31 @@ def make_tile_gradient(variant: Variant, real: Real) -> Any:
         for i in range(tile):
             left[i] = fma(ties[i] - one, largest[i], left[i] + group[i])
             group[i] = zero
+            scaled[i] = one / (left[i] + largest[i])
+        if is_bent:
+            fill_slopes(e, p, h, tile, classes, target, k, left, scaled, largest, h_top)
         for c in range(classes):
             e_row, share = pointer_to(e + c * tile * size, T), pointer_to(p + c * tile * size, T)
             steep, flat, a, label = on[c], off[c], mine[c], I(c)
+            h_row = pointer_to(h + c * tile * size, T)
             for i in range(tile):
                 is_target = is_same(target[i], label)
-                below = slope(is_target, share, i, steep, flat) - h_top[i]
+                below = slope_at(h_row, is_target, share, i, steep, flat) - h_top[i]
                 group[i] = fma(e_row[i], below, group[i])
                 if indexed:
                     pull[i] = select(is_target, a, pull[i])
             end_group(c, classes, tile, group, mean)
         for i in range(tile):
-            scaled[i] = one / (left[i] + largest[i])
             mean[i] = (mean[i] + group[i]) * scaled[i]
         for c in range(classes):
             e_row, share = pointer_to(e + c * tile * size, T), pointer_to(p + c * tile * size, T)
             steep, flat, a, b, others_b = on[c], off[c], mine[c], everyone[c], rest_of_all[c]
             g, label = pointer_to(out + c * out_step, T), I(c)
+            h_row = pointer_to(h + c * tile * size, T)
             for i in range(tile):
                 is_target = is_same(target[i], label)
                 part = zero if indexed else share[i]
-                region = (slope(is_target, share, i, steep, flat) - h_top[i]) - mean[i]
+                region = (slope_at(h_row, is_target, share, i, steep, flat) - h_top[i]) - mean[i]
                 here, there = pulls_of(is_target, part, a, pull[i], strongest[i], equal[i])
                 q = e_row[i] * scaled[i]
                 rest = (left[i] + (largest[i] - e_row[i])) * scaled[i]

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseg_kernels.constants import BASE_COLUMNS, columns
+from fastseg_kernels.constants import BASE_COLUMNS, SLOPE_FAMILIES, columns
 from fastseg_kernels.cpu.compiled import function, inlined, pasted
 from fastseg_kernels.cpu.elementary import Real, make_log1p
 from fastseg_kernels.cpu.intrinsics import fma, is_same, pointer_to, stack_array, wide_vectors
-from fastseg_kernels.cpu.points import Variant
+from fastseg_kernels.cpu.points import Variant, make_short_and_excess, sums_needed
 from fastseg_kernels.cpu.softmax_stage import LONGEST_TILE, MOST_CLASSES, NOBODY, UNIT
 from fastseg_kernels.cpu.softmax_walk import Tops, make_exponential, make_largest, make_walk
 from fastseg_kernels.cpu.tiles import LANES
@@ -21,6 +21,8 @@ from fastseg_kernels.cpu.tiles import LANES
 FILLED = frozenset(
     {
         *BASE_COLUMNS, "true_positive_sum", "false_negative_sum", "false_positive_sum", "ce_sum",
+        "l1_true_positive_sum", "l1_false_negative_sum", "l1_false_positive_sum",
+        "product_sum", "squared_error_sum",
         "ce_uniform_sum", "hard_true_positives", "hard_false_positives", "hard_false_negatives",
         "undefined",
     }
@@ -34,6 +36,10 @@ class Sums(NamedTuple):
     inner: Any  # sum p q
     missed: Any  # sum p (1 - q)
     false_alarm: Any  # sum (1 - p) q
+    common: Any  # sum min(p, q)
+    short: Any  # sum max(p - q, 0)
+    excess: Any  # sum max(q - p, 0)
+    square: Any  # sum (p - q)^2
     target: Any  # sum p
     ce: Any  # sum p (-log q)
     uniform: Any  # sum -log q
@@ -49,6 +55,7 @@ class Voxels(NamedTuple):
     predicted: Any  # the class of its largest logit
     weight: Any
     scaled: Any  # weight / (left + e_m)
+    inverse: Any  # 1 / (left + e_m)
     left: Any
     missed: Any  # weight (1 - q) of the target's class
     nll: Any  # weight (-log q) of the target's class
@@ -62,12 +69,15 @@ def _make_add(variant: Variant, real: Real) -> Any:
     T, I = real.scalar, real.integer  # noqa: E741
     zero, one, nothing, unit = T(0), T(1), I(0), I(1)
     families, indexed = variant.families, "indexed" in variant.targets
-    overlap, hard = "overlap" in families, "hard" in families
+    overlap, l1, squared = sums_needed(families, indexed)
+    hard = "hard" in families
     ce, uniform = "ce" in families, "ce_uniform" in families
+    short_and_excess = make_short_and_excess(real)
 
     @inlined
     def add(x, e, p, voxels, c, i, sums):  # type: ignore[no-untyped-def]
-        inner, missed, false_alarm, target, ce_sum, uniform_sum, hits, predicted, true = sums
+        (inner, missed, false_alarm, common, short, excess, square, target, ce_sum, uniform_sum,
+         hits, predicted, true) = sums  # fmt: skip
         weight, scaled = voxels.weight[i], voxels.scaled[i]
         is_target = is_same(voxels.target[i], c)
         q = e[i] * scaled
@@ -79,6 +89,10 @@ def _make_add(variant: Variant, real: Real) -> Any:
                 inner += q if is_target else zero
                 missed += voxels.missed[i] if is_target else zero
                 false_alarm += zero if is_target else q
+            if squared:
+                right = voxels.left[i] + (voxels.largest[i] - e[i])
+                wrong = (right if is_target else e[i]) * voxels.inverse[i]
+                square += weight * (wrong * wrong)
             if ce:
                 ce_sum += voxels.nll[i] if is_target else zero
         else:
@@ -87,6 +101,16 @@ def _make_add(variant: Variant, real: Real) -> Any:
                 inner += p[i] * q
                 missed += p[i] * ((voxels.left[i] + (voxels.largest[i] - e[i])) * scaled)
                 false_alarm += (one - p[i]) * q
+            if l1 or squared:
+                rest = voxels.left[i] + (voxels.largest[i] - e[i])
+                difference = (p[i] * rest - (one - p[i]) * e[i]) * voxels.inverse[i]
+            if l1:
+                under, over_by = short_and_excess(difference)
+                common += q if difference > zero else weight * p[i]
+                short += weight * under
+                excess += weight * over_by
+            if squared:
+                square += weight * (difference * difference)
             if ce:
                 ce_sum += p[i] * nll if p[i] != zero else zero  # 0 * inf is 0 here
         if uniform:
@@ -96,7 +120,8 @@ def _make_add(variant: Variant, real: Real) -> Any:
             hits = I(hits + (unit if is_predicted & is_target else nothing))
             predicted = I(predicted + (unit if is_predicted else nothing))
             true = I(true + (unit if is_target else nothing))
-        return Sums(inner, missed, false_alarm, target, ce_sum, uniform_sum, hits, predicted, true)
+        return Sums(inner, missed, false_alarm, common, short, excess, square, target, ce_sum,
+                    uniform_sum, hits, predicted, true)  # fmt: skip
 
     return add
 
@@ -106,7 +131,8 @@ def _make_class_sums(variant: Variant, real: Real) -> Any:
     T, I = real.scalar, real.integer  # noqa: E741
     zero, nothing = T(0), I(0)
     families = variant.families
-    overlap, hard = "overlap" in families, "hard" in families
+    overlap, l1, squared = sums_needed(families, "indexed" in variant.targets)
+    hard = "hard" in families
     ce, uniform = "ce" in families, "ce_uniform" in families
     names = columns(families)
     at = {name: names.index(name) if name in names else -1 for name in FILLED}
@@ -116,11 +142,15 @@ def _make_class_sums(variant: Variant, real: Real) -> Any:
     at_false, at_ce, at_uniform = (
         at[n] for n in ("false_positive_sum", "ce_sum", "ce_uniform_sum")
     )
+    at_common, at_short, at_excess = (
+        at[f"l1_{n}_sum"] for n in ("true_positive", "false_negative", "false_positive")
+    )
+    at_product, at_square = at["product_sum"], at["squared_error_sum"]
     at_hits, at_over, at_under = (
         at[f"hard_{n}"] for n in ("true_positives", "false_positives", "false_negatives")
     )
     add = _make_add(variant, real)
-    none, half = Sums(*(zero,) * 6, *(nothing,) * 3), LANES // 2
+    none, half = Sums(*(zero,) * 10, *(nothing,) * 3), LANES // 2
 
     @inlined
     def four(x, e, p, voxels, c, i):  # type: ignore[no-untyped-def]
@@ -143,6 +173,10 @@ def _make_class_sums(variant: Variant, real: Real) -> Any:
         inner, missed, false_alarm = (
             stack_array(LANES, T), stack_array(LANES, T), stack_array(LANES, T),
         )  # fmt: skip
+        common, short, excess, square = (
+            stack_array(LANES, T), stack_array(LANES, T), stack_array(LANES, T),
+            stack_array(LANES, T),
+        )  # fmt: skip
         target, ce_sum, uniform_sum = (
             stack_array(LANES, T), stack_array(LANES, T), stack_array(LANES, T),
         )  # fmt: skip
@@ -151,6 +185,7 @@ def _make_class_sums(variant: Variant, real: Real) -> Any:
         )  # fmt: skip
         for j in range(LANES):
             inner[j] = missed[j] = false_alarm[j] = target[j] = ce_sum[j] = uniform_sum[j] = zero
+            common[j] = short[j] = excess[j] = square[j] = zero
             hits[j] = predicted[j] = true[j] = nothing
         for start in range(0, tile, UNIT):
             for j in range(LANES):  # vectorised: one lane each
@@ -160,6 +195,12 @@ def _make_class_sums(variant: Variant, real: Real) -> Any:
                     inner[j] += sums.inner
                     missed[j] += sums.missed
                     false_alarm[j] += sums.false_alarm
+                if l1:
+                    common[j] += sums.common
+                    short[j] += sums.short
+                    excess[j] += sums.excess
+                if squared:
+                    square[j] += sums.square
                 if ce:
                     ce_sum[j] += sums.ce
                 if uniform:
@@ -169,10 +210,21 @@ def _make_class_sums(variant: Variant, real: Real) -> Any:
                     predicted[j] = I(predicted[j] + sums.predicted)
                     true[j] = I(true[j] + sums.true)
         out[at_target] += wide(target)
-        if overlap:
+        if at_inner >= 0:
             out[at_inner] += wide(inner)
             out[at_missed] += wide(missed)
             out[at_false] += wide(false_alarm)
+        if l1:
+            out[at_common] += wide(common)
+            out[at_short] += wide(short)
+            out[at_excess] += wide(excess)
+        elif at_common >= 0:
+            out[at_common] += wide(inner)
+            out[at_short] += wide(missed)
+            out[at_excess] += wide(false_alarm)
+        if squared:
+            out[at_product] += wide(inner)
+            out[at_square] += wide(square)
         if ce:
             out[at_ce] += wide(ce_sum)
         if uniform:
@@ -194,6 +246,7 @@ def make_tile_statistics(variant: Variant, real: Real) -> Any:
     families, indexed = variant.families, "indexed" in variant.targets
     hard = "hard" in families
     logs = bool({"ce", "ce_uniform"} & families)
+    bent = bool(SLOPE_FAMILIES & families)
     names = columns(families)
     at_undefined = names.index("undefined") if hard else 0
     walk, class_sums = make_walk(variant, real, False), _make_class_sums(variant, real)
@@ -205,7 +258,7 @@ def make_tile_statistics(variant: Variant, real: Real) -> Any:
         wide_vectors()
         true_class, predicted = stack_array(LONGEST_TILE, I), stack_array(LONGEST_TILE, I)
         scaled, left = stack_array(LONGEST_TILE, T), stack_array(LONGEST_TILE, T)
-        missed = stack_array(LONGEST_TILE, T)
+        missed, inverse = stack_array(LONGEST_TILE, T), stack_array(LONGEST_TILE, T)
         nll, log = stack_array(LONGEST_TILE, T), stack_array(LONGEST_TILE, T)
         top, ties = stack_array(LONGEST_TILE, T), stack_array(LONGEST_TILE, T)
         own, unused = stack_array(LONGEST_TILE, T), stack_array(LONGEST_TILE, T)
@@ -219,6 +272,8 @@ def make_tile_statistics(variant: Variant, real: Real) -> Any:
         for i in range(tile):
             left[i] = fma(ties[i] - one, largest[i], left[i] + group[i])
             scaled[i] = weight[i] / (left[i] + largest[i])
+            if bent:
+                inverse[i] = one / (left[i] + largest[i])
             e_own = exponential(own[i], own[i] == top[i], tops, i)
             missed[i] = (left[i] + (largest[i] - e_own)) * scaled[i]
         if logs:
@@ -240,7 +295,8 @@ def make_tile_statistics(variant: Variant, real: Real) -> Any:
                 true_class[i] = nobody if absent else true_class[i]
                 undefined += nan and not absent
         target = true_class if hard else label
-        voxels = Voxels(target, predicted, weight, scaled, left, missed, nll, log, top, largest)
+        voxels = Voxels(target, predicted, weight, scaled, inverse, left, missed, nll, log, top,
+                        largest)  # fmt: skip
         for c in range(classes):
             sums = pointer_to(out + c * out_step, np.float64)
             x_row = pointer_to(x + c * x_step, T)

@@ -22,7 +22,7 @@ from fastseg_kernels.constants import BASE_COLUMNS, columns
 from fastseg_kernels.cpu.compiled import function, inlined
 from fastseg_kernels.cpu.elementary import REALS
 from fastseg_kernels.cpu.intrinsics import stack_array, wide_vectors
-from fastseg_kernels.cpu.points import Variant, make_point, no_voxels
+from fastseg_kernels.cpu.points import Variant, make_point, no_voxels, sums_needed
 
 LANES = 16
 """One vector of float32 where vectors are widest."""
@@ -33,7 +33,8 @@ BYTES = TILE // 4
 FILLED = frozenset(
     {
         *BASE_COLUMNS, "true_positive_sum", "false_negative_sum", "false_positive_sum",
-        "bce_sum", "bce_pos_sum", "bce_neg_sum",
+        "l1_true_positive_sum", "l1_false_negative_sum", "l1_false_positive_sum",
+        "product_sum", "squared_error_sum", "bce_sum", "bce_pos_sum", "bce_neg_sum",
         "hard_true_positives", "hard_false_positives", "hard_false_negatives", "undefined",
     }
 )  # fmt: skip
@@ -58,7 +59,12 @@ def make_tile_sums(variant: Variant) -> Any:
     at_bce, at_pos, at_neg = at["bce_sum"], at["bce_pos_sum"], at["bce_neg_sum"]
     at_hits, at_undefined = at["hard_true_positives"], at["undefined"]
     at_over, at_under = at["hard_false_positives"], at["hard_false_negatives"]
-    overlap, hard, split = at_missed >= 0, at_hits >= 0, at_pos >= 0
+    at_common, at_short, at_excess = (
+        at[f"l1_{name}_sum"] for name in ("true_positive", "false_negative", "false_positive")
+    )
+    at_product, at_square = at["product_sum"], at["squared_error_sum"]
+    overlap, l1, squared = sums_needed(variant.families, counted)
+    hard, split = at_hits >= 0, at_pos >= 0
     bce = split or at_bce >= 0
     zero, nothing = T(0), I(0)
     none = no_voxels(real)
@@ -99,6 +105,8 @@ def make_tile_sums(variant: Variant) -> Any:
         group_pos, group_neg = stack_array(LANES, T), stack_array(LANES, T)
         group_inner, group_missed = stack_array(LANES, T), stack_array(LANES, T)
         group_false, group_target = stack_array(LANES, T), stack_array(LANES, T)
+        group_common, group_short = stack_array(LANES, T), stack_array(LANES, T)
+        group_excess, group_square = stack_array(LANES, T), stack_array(LANES, T)
         group_hits, group_over = stack_array(LANES, I), stack_array(LANES, I)
         group_true, group_undefined = stack_array(LANES, I), stack_array(LANES, I)
         all_bad = stack_array(LANES, I)
@@ -107,6 +115,8 @@ def make_tile_sums(variant: Variant) -> Any:
         lane_pos, lane_neg = stack_array(LANES, np.float64), stack_array(LANES, np.float64)
         lane_inner, lane_missed = stack_array(LANES, np.float64), stack_array(LANES, np.float64)
         lane_false, lane_target = stack_array(LANES, np.float64), stack_array(LANES, np.float64)
+        lane_common, lane_short = stack_array(LANES, np.float64), stack_array(LANES, np.float64)
+        lane_excess, lane_square = stack_array(LANES, np.float64), stack_array(LANES, np.float64)
         lane_hits, lane_over = stack_array(LANES, np.int64), stack_array(LANES, np.int64)
         lane_true, lane_undefined = stack_array(LANES, np.int64), stack_array(LANES, np.int64)
         for j in range(BYTES):
@@ -114,6 +124,7 @@ def make_tile_sums(variant: Variant) -> Any:
         for j in range(LANES):
             lane_pos[j] = lane_neg[j] = lane_inner[j] = lane_missed[j] = 0.0
             lane_false[j] = lane_target[j] = 0.0
+            lane_common[j] = lane_short[j] = lane_excess[j] = lane_square[j] = 0.0
             lane_hits[j] = lane_over[j] = lane_true[j] = lane_undefined[j] = 0
             all_bad[j] = nothing
         for tile in range(tiles):
@@ -128,6 +139,11 @@ def make_tile_sums(variant: Variant) -> Any:
                 if overlap:
                     group_inner[j], group_missed[j] = sums.inner, sums.missed
                     group_false[j] = sums.false_alarm
+                if l1:
+                    group_common[j], group_short[j] = sums.common, sums.short
+                    group_excess[j] = sums.excess
+                if squared:
+                    group_square[j] = sums.square
                 if hard:
                     group_hits[j], group_over[j] = sums.hits, sums.predicted
                     group_undefined[j] = sums.undefined
@@ -147,6 +163,12 @@ def make_tile_sums(variant: Variant) -> Any:
                     lane_inner[j] += np.float64(group_inner[j])
                     lane_missed[j] += np.float64(group_missed[j])
                     lane_false[j] += np.float64(group_false[j])
+                if l1:
+                    lane_common[j] += np.float64(group_common[j])
+                    lane_short[j] += np.float64(group_short[j])
+                    lane_excess[j] += np.float64(group_excess[j])
+                if squared:
+                    lane_square[j] += np.float64(group_square[j])
                 if not counted:
                     lane_target[j] += np.float64(group_target[j])
                 if hard:
@@ -168,10 +190,17 @@ def make_tile_sums(variant: Variant) -> Any:
                 out[at_neg] += lane_neg[j]
             elif bce:
                 out[at_bce] += lane_pos[j]
-            if overlap:
+            if at_inner >= 0:
                 out[at_inner] += lane_inner[j]
                 out[at_missed] += lane_missed[j]
                 out[at_false_alarm] += lane_false[j]
+            if at_common >= 0:
+                out[at_common] += lane_common[j] if l1 else lane_inner[j]
+                out[at_short] += lane_short[j] if l1 else lane_missed[j]
+                out[at_excess] += lane_excess[j] if l1 else lane_false[j]
+            if squared:
+                out[at_product] += lane_inner[j]
+                out[at_square] += lane_square[j]
             if hard:
                 true = lane_target[j] if counted else np.float64(lane_true[j])
                 out[at_hits] += np.float64(lane_hits[j])

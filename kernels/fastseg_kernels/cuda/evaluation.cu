@@ -112,6 +112,21 @@ struct Work {
     }
   }
 
+  // As above, with I, F and G of the term's form.
+  __device__ void collect_region(const double* term, long long n, long long c, bool batch,
+                                 double* row) const {
+    collect(n, c, batch, row);
+    if (term[TERM_FORM] == FORM_L1) {
+      row[SUM_TRUE_POSITIVE_SUM] = row[SUM_L1_TRUE_POSITIVE_SUM];
+      row[SUM_FALSE_NEGATIVE_SUM] = row[SUM_L1_FALSE_NEGATIVE_SUM];
+      row[SUM_FALSE_POSITIVE_SUM] = row[SUM_L1_FALSE_POSITIVE_SUM];
+    } else if (term[TERM_FORM] == FORM_SQUARED) {
+      row[SUM_TRUE_POSITIVE_SUM] = row[SUM_PRODUCT_SUM];
+      row[SUM_FALSE_NEGATIVE_SUM] = 0.0;
+      row[SUM_FALSE_POSITIVE_SUM] = row[SUM_SQUARED_ERROR_SUM];
+    }
+  }
+
   // Adds to a row's coefficients `at` and `at` + 1.
   __device__ void add(long long n, long long c, int at, double first, double second) const {
     double* row = coefficients + (n * shape.classes + c) * COEFFICIENTS + at;
@@ -131,7 +146,7 @@ __device__ double kept_in_line(const Work& w, const double* term, const double* 
   for (long long k = 0; k < (along_classes ? w.shape.classes : w.shape.samples); ++k) {
     const long long i = along_classes ? n : k, j = along_classes ? k : c;
     if (weights[j] != weights[j]) continue;
-    w.collect(i, j, false, row);
+    w.collect_region(term, i, j, false, row);
     kept += is_kept(term, row);
   }
   return kept;
@@ -147,7 +162,7 @@ __device__ double add_region(const Work& w, const double* term, const double* we
   double row[SUM_NUMBER], total = 0.0, kept = 0.0;
   for (long long g = threadIdx.x; g < groups; g += THREADS) {
     const long long n = g / classes, c = g % classes;
-    w.collect(n, c, batch, row);
+    w.collect_region(term, n, c, batch, row);
     const Region r = region(term, row);
     if (!r.kept || weights[c] != weights[c]) continue;
     if (!in_lines) kept += 1.0;
@@ -164,14 +179,20 @@ __device__ double add_region(const Work& w, const double* term, const double* we
   for (long long g = threadIdx.x; g < groups; g += THREADS) {
     const long long c = g % classes, first = batch ? 0 : g / classes;
     const long long last = batch ? samples : first + 1;
-    w.collect(first, c, batch, row);
+    w.collect_region(term, first, c, batch, row);
     const Region r = region(term, row);
     if (!r.kept || weights[c] != weights[c]) continue;
     double factor = term[TERM_WEIGHT] * share * weights[c];
     if (in_lines) factor /= kept_in_line(w, term, weights, first, c);
     for (long long n = first; n < last; ++n) {
       const double scaled = factor * w.scale.of(n, c);
-      w.add(n, c, 0, -scaled * r.slope_f, scaled * r.slope_g);
+      const double hits = -scaled * r.slope_f, errors = scaled * r.slope_g;
+      if (term[TERM_FORM] == FORM_SQUARED) {
+        w.add(n, c, 0, hits, 0.0);
+        w.add(n, c, 5, 0.0, 2.0 * errors);
+      } else {
+        w.add(n, c, term[TERM_FORM] == FORM_L1 ? 4 : 0, hits, errors);
+      }
     }
   }
   return total * share;

@@ -60,6 +60,7 @@ def shared_constants() -> str:
             _enum("CODE", constants.DTYPE_CODES),
             _enum("TERM", (*constants.TERM_FIELDS, "fields")),
             _enum("KIND", constants.KINDS),
+            _enum("FORM", constants.FORMS),
             _enum("LINK", constants.LINKS),
             _enum("SCOPE", constants.SCOPES),
             _enum("EMPTY", constants.EMPTY),
@@ -68,6 +69,11 @@ def shared_constants() -> str:
             _enum("SUM", (*constants.PICKED, "number")),
         ]
     )
+
+
+def flags(families: frozenset[str]) -> str:
+    """Return the C++ template argument that stands for families."""
+    return " | ".join(sorted(family.upper() for family in families)) or "0"
 
 
 @cache

@@ -31,7 +31,8 @@ struct Run {
 // variant's. `invalid`, `count` and the hard counts are integers until the end.
 template <typename V>
 struct Columns {
-  static constexpr int inner = 4, bce = inner + (V::overlap ? 3 : 0);
+  static constexpr int inner = 4, l1 = inner + (V::overlap ? 3 : 0);
+  static constexpr int squared = l1 + (V::l1 ? 3 : 0), bce = squared + (V::squared ? 2 : 0);
   static constexpr int hard = bce + (V::split ? 2 : V::bce ? 1 : 0);
   static constexpr int number = hard + (V::hard ? 4 : 0);
 };
@@ -56,6 +57,15 @@ struct Totals {
       column[At::inner] += double(s.inner);
       column[At::inner + 1] += double(s.missed);
       column[At::inner + 2] += double(s.false_alarm);
+    }
+    if (V::l1) {
+      column[At::l1] += double(V::folded ? s.inner : s.common);
+      column[At::l1 + 1] += double(V::folded ? s.missed : s.short_by);
+      column[At::l1 + 2] += double(V::folded ? s.false_alarm : s.excess);
+    }
+    if (V::squared) {
+      column[At::squared] += double(s.inner);
+      column[At::squared + 1] += double(s.square);
     }
     if (V::bce) column[At::bce] += double(s.bce_pos + log_1p(s.product_pos));
     if (V::split) column[At::bce + 1] += double(s.bce_neg + log_1p(s.product_neg));
@@ -142,7 +152,7 @@ __device__ __forceinline__ bool add_whole(Totals<V>& totals, const E* x, const u
   if (!V::probs) {
     // Whether any prediction is NaN, the sums tell; who counts has few of them.
     const T sum = V::bce ? s.product_pos + s.product_neg : s.missed + s.false_alarm;
-    if (V::hard && (sum != sum || !(V::bce || V::overlap))) {
+    if (V::hard && (sum != sum || !(V::bce || V::products))) {
 #pragma unroll
       for (int k = 0; k < GROUP; ++k) {
         const T value = T(widened(xs[k / 4].element[k % 4]));
@@ -232,10 +242,15 @@ add_tasks(const double* __restrict__ sums, long long row_tasks, int columns,
   }
 }
 
-template <typename T>
+template <typename V, typename T = typename V::Real>
 __device__ __forceinline__ void read_coefficients(const double* coefficients, long long row, T* k) {
+  const double* exact = coefficients + row * COEFFICIENTS;
 #pragma unroll
-  for (int j = 0; j < COEFFICIENTS; ++j) k[j] = T(coefficients[row * COEFFICIENTS + j]);
+  for (int j = 0; j < COEFFICIENTS; ++j) k[j] = T(exact[j]);
+  if (V::folded) {
+    k[0] = T(exact[0] + exact[4]);
+    k[1] = T(exact[1] + exact[5]);
+  }
 }
 
 // The task of a turn of the second pass, which runs backwards: what the first pass read last is still
@@ -244,7 +259,7 @@ __device__ __forceinline__ unsigned from_the_end(const Job& job, unsigned turn) 
   return unsigned(job.tasks) - 1 - turn;
 }
 
-// grid: at most the tasks; block: THREADS. coefficients: (samples, classes, 4). The output lies as
+// grid: at most the tasks; block: THREADS. coefficients: (samples, classes, COEFFICIENTS). The output lies as
 // the logits do, or is the logits: no address is read once it was written.
 template <typename V, typename E, typename P>
 __global__ void __launch_bounds__(THREADS)
@@ -258,7 +273,7 @@ gradient_in_place(const __grid_constant__ Job job, const double* __restrict__ co
     E* out = reinterpret_cast<E*>(const_cast<char*>(run.row_of(job.out)));
     const bool aligned = is_aligned(x) && is_aligned(p) && is_aligned(out);
     T k[COEFFICIENTS];
-    read_coefficients(coefficients, run.row, k);
+    read_coefficients<V>(coefficients, run.row, k);
     for (long long i = run.first + 4 * threadIdx.x; i < run.end; i += 4 * THREADS) {
       if (aligned && i + 4 <= run.end) {
         const Four<E> xs = read_four(x + i);
@@ -284,7 +299,7 @@ gradient_anywhere(const __grid_constant__ Job job, const double* __restrict__ co
     const Run run(job, from_the_end(job, turn));
     const Place row(job, run.n, run.c);
     T k[COEFFICIENTS];
-    read_coefficients(coefficients, run.row, k);
+    read_coefficients<V>(coefficients, run.row, k);
     for (long long i = run.first + threadIdx.x; i < run.end; i += THREADS) {
       const Place at = row.voxel(job, I(i));
       const Voxel<T> v = read_voxel<V>(job, at);

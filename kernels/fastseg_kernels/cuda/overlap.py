@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseg_kernels.constants import FLOAT_DTYPES, TARGETS_AS_STORED, columns
+from fastseg_kernels.constants import FLOAT_DTYPES, SLOPE_FAMILIES, TARGETS_AS_STORED, columns
 from fastseg_kernels.cuda import softmax
 from fastseg_kernels.cuda.job import OPERANDS, Jobs, counter, is_run, make_job
-from fastseg_kernels.cuda.modules import TYPES
+from fastseg_kernels.cuda.modules import TYPES, flags
 from fastseg_kernels.cuda.runtime import Device
 from fastseg_kernels.problem import Arrangement, Problem
 from fastseg_kernels.views import Layout, View
@@ -34,7 +34,7 @@ class _Plan(NamedTuple):
     argument: str  # C++: their last template arguments
     tasks: int
     row_tasks: int
-    names: dict[Any, str]  # of kernels, by the families of sums; the gradient's by None
+    names: dict[tuple[str, frozenset[str]], str]  # of kernels, by verb and families
 
 
 @lru_cache(maxsize=1024)
@@ -78,14 +78,14 @@ def _plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
     return _Plan(Jobs(job), variant, way, argument, tasks, row_tasks, {})
 
 
-def _name(plan: _Plan, families: frozenset[str] | None) -> str:
-    """Return the name of the kernel that adds up ``families``, or of the gradient's for None."""
-    if families not in plan.names:
-        verb = "gradient" if families is None else "statistics"
-        sums = " | ".join(sorted(family.upper() for family in families or ())) or "0"
-        variant = f"Variant<{plan.variant}, {sums}>"
-        plan.names[families] = f"{verb}_{plan.way}<{variant}, {plan.argument}>"
-    return plan.names[families]
+def _name(plan: _Plan, verb: str, families: frozenset[str]) -> str:
+    """Return the name of the kernel of a verb for a loss that is made of ``families``."""
+    name = plan.names.get((verb, families))
+    if name is None:
+        sums = flags(families if verb == "statistics" else families & SLOPE_FAMILIES)
+        name = f"{verb}_{plan.way}<Variant<{plan.variant}, {sums}>, {plan.argument}>"
+        plan.names[verb, families] = name
+    return name
 
 
 def statistics(device: Device, problem: Problem, families: frozenset[str]) -> Any:
@@ -103,24 +103,32 @@ def statistics(device: Device, problem: Problem, families: frozenset[str]) -> An
     sums = device.empty((plan.tasks, width))
     total = device.empty((samples, classes, width))
     of_tasks, of_rows = device.memory.address(sums), device.memory.address(total)
-    name, grid = _name(plan, families), device.grid(plan.tasks)
+    name, grid = _name(plan, "statistics", families), device.grid(plan.tasks)
     plan.jobs.launch(device, FILE, name, grid, problem.addresses, of_tasks)
     rows = samples * classes
     device.launch(FILE, "add_tasks", rows, of_tasks, plan.row_tasks, np.int32(width), of_rows)
     return total
 
 
-def gradient(device: Device, problem: Problem, coefficients: Any, out: View) -> None:
-    """Write dL/dlogits (or dL/dprobs) to ``out`` from the coefficients of every row (N, C, 4).
+def gradient(
+    device: Device,
+    problem: Problem,
+    coefficients: Any,
+    out: View,
+    families: frozenset[str] = frozenset(),
+) -> None:
+    """Write dL/dlogits (or dL/dprobs) to ``out`` from the coefficients of every row.
 
-    One read of every operand and one write; ``out`` may be the logits themselves.
+    ``coefficients`` are (N, C, COEFFICIENTS), of a loss that is made of ``families``. One read of
+    every operand and one write; ``out`` may be the logits themselves.
     """
     if problem.arrangement.activation == "softmax":
-        softmax.gradient(device, problem, coefficients, out)
+        softmax.gradient(device, problem, coefficients, out, families)
         return
     plan = _plan(problem.arrangement, out.layout)
     if plan.tasks == 0:
         return
     grid, of_rows = device.grid(plan.tasks), device.memory.address(coefficients)
     addresses = (*problem.addresses, out.address)
-    plan.jobs.launch(device, FILE, _name(plan, None), grid, addresses, of_rows)
+    name = _name(plan, "gradient", families)
+    plan.jobs.launch(device, FILE, name, grid, addresses, of_rows)

@@ -7,7 +7,10 @@
 
 enum Targets { BINARY, SOFT, WEIGHTED };
 enum Activation { SIGMOID, PROBS };
-enum Families { OVERLAP = 1, BCE = 2, BCE_SPLIT = 4, HARD = 8, CE = 16, CE_UNIFORM = 32 };
+enum Families {
+  OVERLAP = 1, BCE = 2, BCE_SPLIT = 4, HARD = 8, CE = 16, CE_UNIFORM = 32, OVERLAP_L1 = 64,
+  OVERLAP_SQUARED = 128
+};
 
 template <typename T, int TARGETS, int ACTIVATION, int FAMILIES = 0>
 struct Variant {
@@ -15,6 +18,10 @@ struct Variant {
   static constexpr bool binary = TARGETS == BINARY, weighted = TARGETS == WEIGHTED;
   static constexpr bool probs = ACTIVATION == PROBS;
   static constexpr bool overlap = FAMILIES & OVERLAP, hard = FAMILIES & HARD;
+  static constexpr bool l1 = FAMILIES & OVERLAP_L1, squared = FAMILIES & OVERLAP_SQUARED;
+  // With targets of 0 and 1 min(p, q) is p q: these sums then serve as those, and these slopes.
+  static constexpr bool folded = l1 && binary && !probs;
+  static constexpr bool products = overlap || squared || folded;
   static constexpr bool split = FAMILIES & BCE_SPLIT, bce = split || (FAMILIES & BCE);
   // Thread blocks that a multiprocessor is to hold at once while it adds up rows in place: by this
   // the compiler allots registers, and left to itself it spills some to have more blocks.
@@ -32,6 +39,7 @@ template <typename T>
 struct Sums {
   T product_pos = 0, bce_pos = 0, product_neg = 0, bce_neg = 0;
   T inner = 0, missed = 0, false_alarm = 0, target = 0;
+  T common = 0, short_by = 0, excess = 0, square = 0;  // of min(p, q), p - q, q - p, (p - q)^2
   int hits = 0, predicted = 0, foreground = 0, undefined = 0, invalid = 0, count = 0;
 };
 
@@ -49,14 +57,15 @@ __device__ __forceinline__ void add_hard(Sums<T>& s, T x, bool is_target, T thre
 // QUICK: it is a number of half precision, and the quick exp will do.
 template <typename V, bool QUICK, typename T = typename V::Real>
 __device__ __forceinline__ void add_binary(Sums<T>& s, T x, bool is_target) {
-  if (!V::overlap && !V::bce) return;
+  if (!V::products && !V::bce) return;
   const T size = magnitude(x);
   const T e = QUICK ? quick_exp_negative(size) : exp_negative(size);
   const bool wrong = (x >= T(0)) != is_target;
-  if (V::overlap) {
+  if (V::products) {
     const T large = QUICK ? reciprocal(T(1) + e) : newton_reciprocal(T(1) + e);
     const T small = e * large;
     const T error = wrong ? large : small, right = wrong ? small : large;
+    if (V::squared) s.square = fused(error, error, s.square);
     if (is_target) {
       s.missed += error;
       s.inner += right;
@@ -73,14 +82,37 @@ __device__ __forceinline__ void add_binary(Sums<T>& s, T x, bool is_target) {
   }
 }
 
+// What the l1 and squared forms add up.
+template <typename V, typename S, typename T>
+__device__ __forceinline__ void add_bent(S& s, T p, T q, T difference, T w) {
+  if (V::l1 && !V::folded) {
+    s.common += w * (difference > T(0) ? q : p);
+    s.short_by += w * (difference > T(0) ? difference : T(0));
+    s.excess += w * (difference >= T(0) ? T(0) : -difference);  // NaN is here
+  }
+  if (V::squared) s.square += w * (difference * difference);
+}
+
+// What they add to dL/dq. k: the coefficients of a row.
+template <typename V, typename T>
+__device__ __forceinline__ T bent(T difference, const T* k) {
+  T value = T(0);
+  if (V::l1 && !V::folded) {
+    const T side = difference > T(0) ? k[4] : k[5];
+    value = difference != T(0) ? side : T(0.5) * (k[4] + k[5]);
+  }
+  return V::squared ? fused(-k[6], difference, value) : value;
+}
+
 // One voxel of a soft target, or with a weight.
 template <typename V, typename T = typename V::Real>
 __device__ __forceinline__ void add_soft(Sums<T>& s, T x, T p, T w) {
   const T size = magnitude(x), other = T(1) - p, e = exp_negative(size);
   const bool positive = x >= T(0);
-  if (V::overlap) {
+  if (V::products || V::l1) {
     const T large = newton_reciprocal(T(1) + e), small = e * large;
     const T q = positive ? large : small, rest = positive ? small : large;
+    add_bent<V>(s, p, q, p * rest - other * q, w);
     s.inner += w * p * q;
     s.missed += w * p * rest;
     s.false_alarm += w * other * q;
@@ -106,7 +138,8 @@ __device__ __forceinline__ void add_soft(Sums<T>& s, T x, T p, T w) {
 template <typename V, typename T = typename V::Real>
 __device__ __forceinline__ void add_probs(Sums<T>& s, T x, T p, T w) {
   const T other = T(1) - p, rest = T(1) - x;
-  if (V::overlap) {
+  add_bent<V>(s, p, x, p - x, w);
+  if (V::products) {
     s.inner += w * p * x;
     s.missed += w * p * rest;
     s.false_alarm += w * other * x;
@@ -136,7 +169,8 @@ __device__ __forceinline__ void add(Sums<T>& s, Voxel<T> v, T threshold) {
   else add_soft<V>(s, x, v.p, v.w);
 }
 
-// dL/dx from (on_target, off_target, bce_target, bce_other), which carry every scale. QUICK: it is
+// dL/dx from (on_target, off_target, bce_target, bce_other, below, above, square), which carry every
+// scale; `folded`: the first two have what belongs to them of below and above. QUICK: it is
 // going to be rounded to half precision, and the quick exp will do.
 template <typename V, bool QUICK, typename T = typename V::Real>
 __device__ __forceinline__ T slope(Voxel<T> v, const T* k) {
@@ -144,7 +178,7 @@ __device__ __forceinline__ T slope(Voxel<T> v, const T* k) {
   T value;
   if (V::probs) {
     const T rest = T(1) - x, spread = x * rest;
-    value = k[0] * p + k[1] * other;
+    value = k[0] * p + k[1] * other + bent<V>(p - x, k);
     value += (k[3] * other * x - k[2] * p * rest) / (spread < T(1e-12) ? T(1e-12) : spread);
   } else {
     const T size = magnitude(x), e = QUICK ? quick_exp_negative(size) : exp_negative(size);
@@ -154,10 +188,13 @@ __device__ __forceinline__ T slope(Voxel<T> v, const T* k) {
     if (V::binary) {
       const bool is_target = p != T(0);
       const T wrong = positive != is_target ? large : small;
-      return fused(is_target ? -k[2] : k[3], wrong, (is_target ? k[0] : k[1]) * spread);
+      T region = is_target ? k[0] : k[1];
+      if (V::squared) region = fused(k[6], is_target ? -wrong : wrong, region);
+      return fused(is_target ? -k[2] : k[3], wrong, region * spread);
     }
     const T q = positive ? large : small, rest = positive ? small : large;
-    value = fused(k[3] * other, q, (k[0] * p + k[1] * other) * spread) - k[2] * p * rest;
+    const T region = k[0] * p + k[1] * other + bent<V>(p * rest - other * q, k);
+    value = fused(k[3] * other, q, region * spread) - k[2] * p * rest;
   }
   return V::weighted ? v.w * value : value;
 }

@@ -13,10 +13,14 @@ struct Softmax {
   typedef T Real;
   static constexpr bool indexed = INDEXED, weighted = WEIGHTED;
   static constexpr bool overlap = FAMILIES & OVERLAP, hard = FAMILIES & HARD;
+  static constexpr bool l1 = FAMILIES & OVERLAP_L1, squared = FAMILIES & OVERLAP_SQUARED;
+  static constexpr bool folded = l1 && INDEXED;  // as in points.cuh
+  static constexpr bool bends = squared || (l1 && !INDEXED);  // dL/dq depends on q
   static constexpr bool ce = FAMILIES & CE, uniform = FAMILIES & CE_UNIFORM;
   static constexpr bool logs = ce || uniform;
   // Columns of the statistics, in the order of constants.columns.
-  static constexpr int at_inner = 4, at_ce = at_inner + (overlap ? 3 : 0);
+  static constexpr int at_inner = 4, at_l1 = at_inner + (overlap ? 3 : 0);
+  static constexpr int at_squared = at_l1 + (l1 ? 3 : 0), at_ce = at_squared + (squared ? 2 : 0);
   static constexpr int at_uniform = at_ce + ce, at_hard = at_uniform + uniform;
   static constexpr int columns = at_hard + (hard ? 4 : 0);
 };
@@ -152,6 +156,7 @@ __device__ __forceinline__ bool judge(const Job& job, const Held<T>& v, int& pre
 template <typename T>
 struct ClassSums {
   T inner = 0, missed = 0, false_alarm = 0, target = 0, ce = 0, uniform = 0;
+  T common = 0, short_by = 0, excess = 0, square = 0;
   int hits = 0, predicted = 0, truly = 0, invalid = 0;
 };
 
@@ -252,6 +257,11 @@ statistics_softmax(const __grid_constant__ Job job, double* __restrict__ sums) {
             s.inner += is_target ? q : T(0);
             s.missed += is_target ? missed[k] : T(0);
             s.false_alarm += is_target ? T(0) : q;
+            if (V::squared) {
+              const T right = v[k].left + (v[k].largest - e);
+              const T wrong = (is_target ? right : e) / (v[k].left + v[k].largest);
+              s.square += v[k].weight * (wrong * wrong);
+            }
             if (V::ce) s.ce += is_target ? nll[k] : T(0);
           } else {
             const T p = share_of<V>(job, v[k], c);
@@ -260,6 +270,10 @@ statistics_softmax(const __grid_constant__ Job job, double* __restrict__ sums) {
             s.inner += p * q;
             s.missed += p * ((v[k].left + (v[k].largest - e)) * v[k].scaled);
             s.false_alarm += (T(1) - p) * q;
+            if (V::bends) {
+              const T sum = v[k].left + v[k].largest, right = v[k].left + (v[k].largest - e);
+              add_bent<V>(s, p, e / sum, (p * right - (T(1) - p) * e) / sum, v[k].weight);
+            }
             if (V::ce) s.ce += p != T(0) ? p * its_nll : T(0);
           }
           if (V::uniform) s.uniform += its_nll;
@@ -281,6 +295,19 @@ statistics_softmax(const __grid_constant__ Job job, double* __restrict__ sums) {
           if (lane == V::at_inner) column = double(inner);
           if (lane == V::at_inner + 1) column = double(fn);
           if (lane == V::at_inner + 2) column = double(fp);
+        }
+        if (V::l1) {
+          const T common = warp_sum(V::folded ? s.inner : s.common);
+          const T fn = warp_sum(V::folded ? s.missed : s.short_by);
+          const T fp = warp_sum(V::folded ? s.false_alarm : s.excess);
+          if (lane == V::at_l1) column = double(common);
+          if (lane == V::at_l1 + 1) column = double(fn);
+          if (lane == V::at_l1 + 2) column = double(fp);
+        }
+        if (V::squared) {
+          const T product = warp_sum(s.inner), square = warp_sum(s.square);
+          if (lane == V::at_squared) column = double(product);
+          if (lane == V::at_squared + 1) column = double(square);
         }
         if (V::ce) {
           const T ce = warp_sum(s.ce);
@@ -306,13 +333,22 @@ statistics_softmax(const __grid_constant__ Job job, double* __restrict__ sums) {
 // The coefficients of a sample's classes, and the sum of b over the other classes.
 template <typename T>
 struct Pulls {
-  T on, off, own, all, others;
+  T on, off, own, all, others, below, above, square;
 };
 
-// grid: at most the tasks; block: THREADS. coefficients: (samples, classes, 4). The output may be the
+// h_c = dL/dq_c; q and rest = 1 - q are used where it depends on them.
+template <typename V, typename T>
+__device__ __forceinline__ T slope_of(const Pulls<T>& k, T p, T q, T rest) {
+  const T linear = k.on * p + k.off * (T(1) - p);
+  if (!V::bends) return linear;
+  const T of_form[COEFFICIENTS] = {0, 0, 0, 0, k.below, k.above, k.square};
+  return linear + bent<V>(p * rest - (T(1) - p) * q, of_form);
+}
+
+// grid: at most the tasks; block: THREADS. coefficients: (samples, classes, COEFFICIENTS). The output may be the
 // logits: a thread reads all of a voxel's before it writes one.
 template <typename V, typename E, typename P, typename I>
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __launch_bounds__(THREADS, 2)
 gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coefficients) {
   typedef typename V::Real T;
   __shared__ Pulls<T> pulls[SOFTMAX_CLASSES];
@@ -329,7 +365,8 @@ gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coe
       for (long long c = 0; c < job.classes; ++c) of_all += exact[c * COEFFICIENTS + 3];
       for (long long c = threadIdx.x; c < job.classes; c += THREADS) {
         const double* k = exact + c * COEFFICIENTS;
-        pulls[c] = {T(k[0]), T(k[1]), T(k[2]), T(k[3]), T(of_all - k[3])};
+        const double on = V::folded ? k[0] + k[4] : k[0], off = V::folded ? k[1] + k[5] : k[1];
+        pulls[c] = {T(on), T(off), T(k[2]), T(k[3]), T(of_all - k[3]), T(k[4]), T(k[5]), T(k[6])};
       }
       __syncthreads();
       of_sample = n;
@@ -353,7 +390,7 @@ gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coe
       }
       refer(v);
       const T share_of_top = V::indexed ? T(v.target == top_class) : share_of<V>(job, v, top_class);
-      const T h_top = pulls[top_class].on * share_of_top + pulls[top_class].off * (T(1) - share_of_top);
+      T h_top = V::bends ? T(0) : slope_of<V>(pulls[top_class], share_of_top, T(0), T(0));
       T rest = T(0), ties = T(0), mean = T(0), pull = T(0), equal = T(0);
       for (long long begin = 0; begin < job.classes; begin += CLASSES_AT_ONCE) {
         T group = T(0), of_mean = T(0), of_pull = T(0);
@@ -363,8 +400,7 @@ gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coe
           group += is_top ? T(0) : e;
           ties += is_top ? T(1) : T(0);
           const T p = V::indexed ? T(v.target == c) : share_of<V>(job, v, c);
-          const T h = pulls[c].on * p + pulls[c].off * (T(1) - p);
-          of_mean = fused(e, h - h_top, of_mean);
+          if (!V::bends) of_mean = fused(e, slope_of<V>(pulls[c], p, T(0), T(0)) - h_top, of_mean);
           if (!V::indexed) {
             const T its = pulls[c].own * p;
             of_pull += its == strongest ? T(0) : its;
@@ -378,16 +414,29 @@ gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coe
       if (V::indexed) strongest = v.target == NOBODY ? T(0) : pulls[v.target].own;
       v.left = fused(ties - T(1), v.largest, rest);
       v.scaled = T(1) / (v.left + v.largest);
+      if (V::bends) {  // another walk, with q known
+        h_top = slope_of<V>(pulls[top_class], share_of_top, v.largest * v.scaled, v.left * v.scaled);
+        for (long long begin = 0; begin < job.classes; begin += CLASSES_AT_ONCE) {
+          T of_mean = T(0);
+          for (long long c = begin; c < begin + CLASSES_AT_ONCE && c < job.classes; ++c) {
+            const T e = exponential(v, logit_of<V, E>(job, v, c));
+            const T p = V::indexed ? T(v.target == c) : share_of<V>(job, v, c);
+            const T rest = (v.left + (v.largest - e)) * v.scaled;
+            of_mean = fused(e, slope_of<V>(pulls[c], p, e * v.scaled, rest) - h_top, of_mean);
+          }
+          mean += of_mean;
+        }
+      }
       mean *= v.scaled;
       for (long long c = 0; c < job.classes; ++c) {
         const T x = logit_of<V, E>(job, v, c), e = exponential(v, x), q = e * v.scaled;
         const T p = V::indexed ? T(v.target == c) : share_of<V>(job, v, c);
-        const T h = pulls[c].on * p + pulls[c].off * (T(1) - p);
+        const T wrong = (v.left + (v.largest - e)) * v.scaled;
+        const T h = slope_of<V>(pulls[c], p, q, wrong);
         T here = pulls[c].own * p, there;
         if (V::indexed) there = v.target == c ? T(0) : strongest;
         else if (here == strongest) there = pull + (equal - T(1)) * strongest;
         else there = (pull + equal * strongest) - here;
-        const T wrong = (v.left + (v.largest - e)) * v.scaled;
         const T region = (h - h_top) - mean;
         const T value = q * (region + (there + pulls[c].others)) - (here + pulls[c].all) * wrong;
         const T g = v.used ? v.weight * value : T(0);

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseg_kernels.constants import columns
+from fastseg_kernels.constants import SLOPE_FAMILIES, columns
 from fastseg_kernels.cuda.job import MOST_ROW_TASKS, OPERANDS, Jobs, counter, is_run, make_job
-from fastseg_kernels.cuda.modules import SOFTMAX_CLASSES, THREADS, TYPES
+from fastseg_kernels.cuda.modules import SOFTMAX_CLASSES, THREADS, TYPES, flags
 from fastseg_kernels.cuda.runtime import Device
 from fastseg_kernels.problem import Arrangement, Problem
 from fastseg_kernels.views import Layout, View
@@ -88,21 +88,22 @@ def statistics(device: Device, problem: Problem, families: frozenset[str]) -> An
     sums = device.empty((samples, classes, places, width))
     total = device.empty((samples, classes, width))
     of_warps, of_rows = device.memory.address(sums), device.memory.address(total)
-    names = " | ".join(sorted(family.upper() for family in families)) or "0"
-    name = (
-        f"statistics_softmax<Softmax<{plan.variant}, {names}>, {HELD[plan.real]}, {plan.arguments}>"
-    )
+    variant = f"Softmax<{plan.variant}, {flags(families)}>"
+    name = f"statistics_softmax<{variant}, {HELD[plan.real]}, {plan.arguments}>"
     plan.jobs.launch(device, FILE, name, device.grid(plan.tasks), problem.addresses, of_warps)
     rows = samples * classes
     device.launch("overlap.cu", "add_tasks", rows, of_warps, places, np.int32(width), of_rows)
     return total
 
 
-def gradient(device: Device, problem: Problem, coefficients: Any, out: View) -> None:
+def gradient(
+    device: Device, problem: Problem, coefficients: Any, out: View, families: frozenset[str]
+) -> None:
     """Write dL/dlogits to ``out``, as `overlap.gradient`."""
     plan = _plan(problem.arrangement, out.layout)
     if plan.tasks == 0:
         return
     of_rows, addresses = device.memory.address(coefficients), (*problem.addresses, out.address)
-    name = f"gradient_softmax<Softmax<{plan.variant}>, {plan.arguments}>"
+    variant = f"Softmax<{plan.variant}, {flags(families & SLOPE_FAMILIES)}>"
+    name = f"gradient_softmax<{variant}, {plan.arguments}>"
     plan.jobs.launch(device, FILE, name, device.grid(plan.tasks), addresses, of_rows)

@@ -5,15 +5,20 @@ function of three sums over the row, I = sum p q, P = sum p and Q = sum q, and s
 
     ds/dq_i = ds/dI dI/dq_i + ds/dQ dQ/dq_i,    dI/dq_i = w_i p_i,    dQ/dq_i = w_i
 
-with the voxels' weights w (1 unless given). The denominator is clamped below at `eps`; where the
-clamp holds the denominator is constant. A row at 0/0 has the score NaN.
+with the voxels' weights w (1 unless given). That is the form "product"; in the form "l1" I is sum
+min(p, q), and in the form "squared" P and Q are the sums of squares (see `overlap_sums`). The
+denominator is clamped below at `eps`; where the clamp holds the denominator is constant. A row at
+0/0 has the score NaN.
 
 References
 ----------
 Soft Jaccard index: M. A. Rahman and Y. Wang, "Optimizing Intersection-Over-Union in Deep Neural
-Networks for Image Segmentation", ISVC 2016. Tversky index, of which the soft Dice score is the
-case alpha = beta = 1/2: S. S. M. Salehi, D. Erdogmus and A. Gholipour, "Tversky loss function for
-image segmentation using 3D fully convolutional deep networks", MLMI 2017. The smoothing terms and
+Networks for Image Segmentation", ISVC 2016. Tversky index, of which the soft Dice score is the case
+alpha = beta = 1/2: S. S. M. Salehi, D. Erdogmus and A. Gholipour, "Tversky loss function for image
+segmentation using 3D fully convolutional deep networks", MLMI 2017. The form "squared" of the soft
+Dice score: F. Milletari, N. Navab and S. Ahmadi, "V-Net", 3DV 2016. The form "l1": Z. Wang, T.
+Popordanoska, J. Bertels, R. Lemmens and M. B. Blaschko, "Dice Semimetric Losses", MICCAI 2023, and
+Z. Wang, X. Ning and M. B. Blaschko, "Jaccard Metric Losses", NeurIPS 2023. The smoothing terms and
 `eps` are not in these papers; at their defaults of 0 the formulas are the papers'.
 """
 
@@ -40,11 +45,17 @@ def _row_sum(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def overlap_sums(
-    probs: ArrayLike, targets: ArrayLike, weights: ArrayLike | None = None
+    probs: ArrayLike,
+    targets: ArrayLike,
+    weights: ArrayLike | None = None,
+    form: str = "product",
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     r"""Return the three sums of every row, in the order that the scores take.
 
     .. math:: I = \sum_i w_i p_i q_i, \quad P = \sum_i w_i p_i, \quad Q = \sum_i w_i q_i
+
+    In the form "l1" I = (P + Q - \sum_i w_i |p_i - q_i|) / 2, which is the sum of min(p, q); in the
+    form "squared" P and Q are the sums of w p^2 and w q^2.
 
     Parameters
     ----------
@@ -52,6 +63,8 @@ def overlap_sums(
         q and p, (N, C, \*spatial).
     weights : array_like, optional
         w, broadcast to (N, C, \*spatial). A voxel of weight 0 is left out, whatever it holds.
+    form : str
+        "product", "l1" or "squared".
 
     Returns
     -------
@@ -65,7 +78,12 @@ def overlap_sums(
     [1.0, 2.0, 2.0]
     """
     q, p, w = _voxels(probs, targets, weights)
-    return _row_sum(w * p * q), _row_sum(w * p), _row_sum(w * q)
+    if form == "squared":
+        return _row_sum(w * p * q), _row_sum(w * p**2), _row_sum(w * q**2)
+    P, Q = _row_sum(w * p), _row_sum(w * q)
+    if form == "l1":
+        return (P + Q - _row_sum(w * np.abs(p - q))) / 2, P, Q
+    return _row_sum(w * p * q), P, Q
 
 
 def error_sums(
@@ -122,14 +140,20 @@ def _quotient_rule(
 def _chain(
     d_intersection: NDArray[np.float64],
     d_probs_sum: NDArray[np.float64],
-    targets: NDArray[np.float64],
-    weights: NDArray[np.float64],
+    voxels: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]],
+    form: str,
 ) -> NDArray[np.float64]:
-    """Return ds/dq_i = ds/dI w_i p_i + ds/dQ w_i, and 0 where w_i is 0, whatever the row's sums."""
-    per_row = d_intersection.shape + (1,) * (targets.ndim - 2)
+    """Return ds/dq_i = ds/dI dI/dq_i + ds/dQ dQ/dq_i; 0 where w_i is 0, whatever the row's sums.
+
+    The absolute value of the form "l1" has the derivative 0 at 0.
+    """
+    q, p, w = voxels
+    per_row = d_intersection.shape + (1,) * (p.ndim - 2)
     dI, dQ = d_intersection.reshape(per_row), d_probs_sum.reshape(per_row)
+    of_intersection = (1 - np.sign(q - p)) / 2 if form == "l1" else p
+    of_probs_sum = 2 * q if form == "squared" else 1.0
     with np.errstate(invalid="ignore"):  # infinite slopes of a row whose denominator is 0
-        return np.where(weights == 0, 0, weights * (dI * targets + dQ))
+        return np.where(w == 0, 0, w * (dI * of_intersection + dQ * of_probs_sum))
 
 
 def soft_jaccard_index(
@@ -176,6 +200,7 @@ def soft_jaccard_index_gradient(
     smooth_num: float = 0.0,
     smooth_den: float = 0.0,
     eps: float = 0.0,
+    form: str = "product",
 ) -> NDArray[np.float64]:
     r"""Return the gradient of the soft Jaccard index with respect to the probabilities.
 
@@ -184,13 +209,12 @@ def soft_jaccard_index_gradient(
 
     Parameters as in `overlap_sums` and `soft_jaccard_index`; returns (N, C, \*spatial) float64.
     """
-    I_, P, Q = overlap_sums(probs, targets, weights)
-    _, p, w = _voxels(probs, targets, weights)
+    I_, P, Q = overlap_sums(probs, targets, weights, form)
     numerator = I_ + smooth_num  # d/dI = 1, d/dQ = 0
     denominator = P + Q - I_ + smooth_den  # d/dI = -1, d/dQ = 1
     dI = _quotient_rule(numerator, 1, denominator, -1, eps)
     dQ = _quotient_rule(numerator, 0, denominator, 1, eps)
-    return _chain(dI, dQ, p, w)
+    return _chain(dI, dQ, _voxels(probs, targets, weights), form)
 
 
 def soft_dice_score(
@@ -227,6 +251,7 @@ def soft_dice_score_gradient(
     smooth_num: float = 0.0,
     smooth_den: float = 0.0,
     eps: float = 0.0,
+    form: str = "product",
 ) -> NDArray[np.float64]:
     r"""Return the gradient of the soft Dice score with respect to the probabilities.
 
@@ -235,13 +260,12 @@ def soft_dice_score_gradient(
 
     Parameters as in `overlap_sums` and `soft_jaccard_index`; returns (N, C, \*spatial) float64.
     """
-    I_, P, Q = overlap_sums(probs, targets, weights)
-    _, p, w = _voxels(probs, targets, weights)
+    I_, P, Q = overlap_sums(probs, targets, weights, form)
     numerator = 2 * I_ + smooth_num  # d/dI = 2, d/dQ = 0
     denominator = P + Q + smooth_den  # d/dI = 0, d/dQ = 1
     dI = _quotient_rule(numerator, 2, denominator, 0, eps)
     dQ = _quotient_rule(numerator, 0, denominator, 1, eps)
-    return _chain(dI, dQ, p, w)
+    return _chain(dI, dQ, _voxels(probs, targets, weights), form)
 
 
 def tversky_index(
@@ -284,6 +308,7 @@ def tversky_index_gradient(
     smooth_num: float = 0.0,
     smooth_den: float = 0.0,
     eps: float = 0.0,
+    form: str = "product",
 ) -> NDArray[np.float64]:
     r"""Return the gradient of the Tversky index with respect to the probabilities.
 
@@ -293,13 +318,12 @@ def tversky_index_gradient(
 
     Parameters as in `overlap_sums` and `tversky_index`; returns (N, C, \*spatial) float64.
     """
-    I_, P, Q = overlap_sums(probs, targets, weights)
-    _, p, w = _voxels(probs, targets, weights)
+    I_, P, Q = overlap_sums(probs, targets, weights, form)
     numerator = I_ + smooth_num  # d/dI = 1, d/dQ = 0
     denominator = I_ + alpha * (Q - I_) + beta * (P - I_) + smooth_den
     dI = _quotient_rule(numerator, 1, denominator, 1 - alpha - beta, eps)
     dQ = _quotient_rule(numerator, 0, denominator, alpha, eps)
-    return _chain(dI, dQ, p, w)
+    return _chain(dI, dQ, _voxels(probs, targets, weights), form)
 
 
 def gradient_wrt_logits(
