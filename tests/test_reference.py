@@ -88,7 +88,10 @@ def gradient_of(name, probs, targets, weights=None, **smoothing):
 
 
 def test_reference_exports_every_public_function():
-    modules = ["cross_entropy", "hard", "links", "logistic", "multiclass", "overlap", "updates"]
+    modules = [
+        *("cross_entropy", "curves", "hard", "links", "logistic", "lovasz"),
+        *("multiclass", "overlap", "updates"),
+    ]
     expected = set()
     for name in modules:
         module = importlib.import_module(f"fastseg_kernels.reference.{name}")
@@ -102,7 +105,8 @@ def test_reference_exports_every_public_function():
 
 
 @pytest.mark.parametrize(
-    "name", ["cross_entropy", "hard", "links", "logistic", "overlap", "updates"]
+    "name",
+    ["cross_entropy", "curves", "hard", "links", "logistic", "lovasz", "overlap", "updates"],
 )
 def test_reference_examples_run(name):
     got = doctest.testmod(importlib.import_module(f"fastseg_kernels.reference.{name}"))

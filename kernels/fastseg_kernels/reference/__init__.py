@@ -13,9 +13,22 @@ from .cross_entropy import (
     bce_with_logits,
     bce_with_logits_gradient,
 )
+from .curves import jaccard_curve
 from .hard import confusion_counts, hard_dice_score, hard_jaccard_index
 from .links import LINKS, link_derivative, link_value
 from .logistic import sigmoid, sigmoid_gradient, softplus
+from .lovasz import (
+    group_weight_bounds,
+    group_weights,
+    jaccard_loss_of_counts,
+    lovasz_extension,
+    lovasz_from_histogram,
+    lovasz_hinge,
+    lovasz_range_of_histogram,
+    lovasz_softmax,
+    lovasz_weights,
+    lovasz_weights_exact,
+)
 from .multiclass import (
     cross_entropy_gradient,
     one_hot,
@@ -50,10 +63,21 @@ __all__ = [
     "error_sums",
     "gradient_descent",
     "gradient_wrt_logits",
+    "group_weight_bounds",
+    "group_weights",
     "hard_dice_score",
     "hard_jaccard_index",
+    "jaccard_curve",
+    "jaccard_loss_of_counts",
     "link_derivative",
     "link_value",
+    "lovasz_extension",
+    "lovasz_from_histogram",
+    "lovasz_hinge",
+    "lovasz_range_of_histogram",
+    "lovasz_softmax",
+    "lovasz_weights",
+    "lovasz_weights_exact",
     "momentum",
     "momentum_pytorch",
     "one_hot",
