@@ -14,6 +14,7 @@ from fastseg.config import get_num_threads, set_num_threads, show_config
 from fastseg.dispatch import backend_name
 from fastseg.functional import sigmoid
 from fastseg.losses import Loss
+from fastseg.lovasz import LovaszHinge, LovaszSoftmax
 from fastseg.metrics import dice_score, jaccard_index, stat_scores
 from fastseg.optimizers import Adam, GradientDescent, Momentum
 from fastseg.options import Options
@@ -36,6 +37,8 @@ __all__ = [
     "CrossEntropy",
     "GradientDescent",
     "Loss",
+    "LovaszHinge",
+    "LovaszSoftmax",
     "Momentum",
     "Options",
     "RegionTerm",

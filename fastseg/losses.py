@@ -15,7 +15,15 @@ from fastseg.libraries import Library, device_number, library_of
 from fastseg.options import DEFAULTS, Options
 from fastseg.problems import check_out, make_problem, raise_for_invalid
 from fastseg.statistics import Statistics, picks, require
-from fastseg_kernels.constants import BASE_COLUMNS, FAMILY_COLUMNS, REDUCTIONS, columns
+from fastseg_kernels.constants import (
+    BASE_COLUMNS,
+    CURVES,
+    FAMILY_COLUMNS,
+    HISTOGRAMS,
+    REDUCTIONS,
+    columns,
+    histograms,
+)
 from fastseg_kernels.problem import Evaluation, Problem
 from fastseg_kernels.views import View
 
@@ -138,9 +146,20 @@ class Loss:
         if track in known:
             return known[track]  # type: ignore[no-any-return]
         wanted = set().union(*(term.needs() for _, term in self.parts))
-        if isinstance(track, str) or not set(track) <= set(FAMILY_COLUMNS):
-            raise ValueError(f"track must be a tuple of {', '.join(FAMILY_COLUMNS)}, got {track!r}")
+        allowed = (*FAMILY_COLUMNS, "curve")
+        if isinstance(track, str) or not {*track} <= {*allowed, *HISTOGRAMS} - {*CURVES}:
+            raise ValueError(f"track must be a tuple of {', '.join(allowed)}, got {track!r}")
         wanted.update(track)
+        if "curve" in wanted:
+            wanted.remove("curve")
+            wanted.add("logit_curve" if self.activation == "sigmoid" else "prob_curve")
+        errors = {*histograms(frozenset(wanted))} - {*CURVES}
+        measure = {"sigmoid": "hinge", "softmax": "errors"}.get(self.activation)
+        if len(errors) > 1 or any(HISTOGRAMS[family].measure != measure for family in errors):
+            raise ValueError(
+                "the Lovasz terms of a loss must have the same bins, and errors of its activation, "
+                f"{self.activation}; got {', '.join(sorted(errors))}"
+            )
         if "bce_split" in wanted:
             wanted.discard("bce")  # the two parts add up to it
         return known.setdefault(track, frozenset(wanted))  # type: ignore[no-any-return]
@@ -298,6 +317,15 @@ class Loss:
 
     # Steps
 
+    @property
+    def _sets(self) -> tuple[str, ...]:
+        """Return the names of the terms that are losses of a set, whose targets are labels."""
+        known = self.__dict__.get("_of_sets")
+        if known is None:
+            names = (type(term).__name__ for _, term in self.parts if hasattr(term, "histogram"))
+            known = self.__dict__["_of_sets"] = tuple(dict.fromkeys(names))
+        return known
+
     def _run(
         self,
         logits: Any,
@@ -330,16 +358,20 @@ class Loss:
     ) -> tuple[Library, Problem]:
         activation = self.activation
         threshold = 0.5 if activation == "probs" else 0.0
+        if weight_map is not None and self._sets:
+            raise ValueError(
+                f"weight_map has no meaning for {', '.join(self._sets)}, losses of a set of voxels; "
+                "use mask="
+            )
         return make_problem(logits, targets, mask, weight_map, self.options, activation, threshold)
 
-    @staticmethod
-    def _sums(backend: Backend, problem: Problem, families: frozenset[str]) -> Any:
+    def _sums(self, backend: Backend, problem: Problem, families: frozenset[str]) -> Any:
         """Read the volume; what is on the host is checked at once, elsewhere the value is NaN."""
         sums = backend.statistics(problem, families)
         if type(sums) is np.ndarray and np.count_nonzero(sums[:, :, _INVALID]):
             rows = sums[:, :1] if problem.arrangement.indexed else sums
             invalid, total = rows[:, :, (_INVALID, _COUNT)].sum(axis=(0, 1)).astype(int)
-            raise_for_invalid(problem, invalid, total)
+            raise_for_invalid(problem, invalid, total, labels=bool(self._sets))
         return sums
 
     def _value_of(self, s: Statistics, dtype: str) -> Any:
@@ -368,7 +400,7 @@ class Loss:
         if table is None:
             require(names, self.families())
             reduction = REDUCTIONS.index(self.options.reduction)
-            table = backend.prepare(*self._table(classes), picks(names), reduction)
+            table = backend.prepare(*self._table(classes, names), picks(names), reduction)
             prepared[names, classes, backend] = table
         scale = grad_scale
         if type(scale) is not float:
@@ -401,7 +433,9 @@ class Loss:
         check(scale.shape)
         return float(scale) if scale.ndim == 0 else np.array(scale, np.float64, order="C")
 
-    def _table(self, classes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _table(
+        self, classes: int, names: tuple[str, ...]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         from fastseg.terms import table_of
 
         if self.options.reduction == "none" and any(
@@ -410,7 +444,7 @@ class Loss:
             raise ValueError(
                 'reduction="none" keeps the samples apart, scope="batch" joins them; choose one'
             )
-        return table_of(self.parts, classes)
+        return table_of(self.parts, classes, names)
 
     def _reduced(self, value: Any) -> Any:
         return value if value.ndim == 0 or self.options.reduction == "none" else value[0, 0]
@@ -427,8 +461,11 @@ def implied_activation(parts: tuple[tuple[float, Term], ...], options: Options) 
     given = "probs" if options.activation is None else options.activation
     for implied, name in wanted.items():
         # The binary cross-entropy is that of probabilities too.
-        if given not in ("auto", implied) and (given, implied) != ("probs", "sigmoid"):
-            raise ValueError(f"{name} needs {implied}, got activation={options.activation!r}")
+        needs_logits = any(term.NEEDS_LOGITS for _, term in parts)
+        takes_probs = implied == "sigmoid" and not needs_logits
+        if given not in ("auto", implied) and not (given == "probs" and takes_probs):
+            needy = next((type(t).__name__ for _, t in parts if t.NEEDS_LOGITS), name)
+            raise ValueError(f"{needy} needs {implied}, got activation={options.activation!r}")
         return implied if given == "auto" else given
     return "sigmoid" if given == "auto" else given
 

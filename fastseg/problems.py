@@ -366,11 +366,16 @@ USE_POSITIVE = (
 
 
 def raise_for_invalid(
-    problem: Problem, count: int, total: int, metric: bool = False, readable: bool = True
+    problem: Problem,
+    count: int,
+    total: int,
+    metric: bool = False,
+    readable: bool = True,
+    labels: bool = False,
 ) -> None:
     """Find the first invalid target, probability or weight and say what it is; only for errors.
 
-    What is not ``readable`` from the host is not looked at.
+    What is not ``readable`` from the host is not looked at. ``labels``: no target may be soft.
     """
     arrangement = problem.arrangement
     if not readable:
@@ -384,6 +389,7 @@ def raise_for_invalid(
     as_stored = arrangement.target_mode == TARGETS_AS_STORED
     indexed, classes = arrangement.indexed, arrangement.shape[1]
     soft = (arrangement.targets.dtype in FLOAT_DTYPES and as_stored) and not indexed
+    soft = soft and not labels
     shape = (arrangement.shape[0], 1, *arrangement.shape[2:]) if indexed else arrangement.shape
     for index in _slabs(shape):
         seen = _readable(targets[index], arrangement.targets.dtype)

@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 
 from fastseg.problems import invalid_message
 from fastseg.scores import dice_from_counts, jaccard_from_counts, reduce_scores
-from fastseg_kernels.constants import BASE_COLUMNS, FAMILY_COLUMNS, PICKED
+from fastseg_kernels.constants import (
+    BASE_COLUMNS,
+    CURVES,
+    FAMILY_COLUMNS,
+    HISTOGRAMS,
+    PICKED,
+    family_columns,
+)
 
 if TYPE_CHECKING:
     from fastseg.dispatch import Backend
@@ -76,11 +83,13 @@ class Statistics:
         samples: str | Sequence[str] | None = None,
     ) -> None:
         array = np.array(array, np.float64, order="C")
-        known = {*BASE_COLUMNS, *(n for members in FAMILY_COLUMNS.values() for n in members)}
+        families = {family for family in map(_family_of, names) if family is not None}
+        known = {*BASE_COLUMNS, *(n for family in families for n in family_columns(family))}
         if array.ndim != 3 or array.shape[2] != len(names):
             raise ValueError(f"array must have shape (N, C, {len(names)}), got {array.shape}")
         if not known.issuperset(names):
-            raise ValueError(f"names must be among {sorted(known)}, got {list(names)}")
+            unknown = sorted(set(names) - known)
+            raise ValueError(f"names must be those of columns, got {', '.join(unknown)}")
         array.flags.writeable = False
         _put_host(self, array)
         _put_on_device(self, None)
@@ -294,13 +303,24 @@ _put_host, _put_on_device, _put_names, _put_samples = (
 )
 
 
+@cache
+def _family_of(name: str) -> str | None:
+    """Return the family that a column belongs to, by its name."""
+    for family, members in FAMILY_COLUMNS.items():
+        if name in members:
+            return family
+    return next((family for family in HISTOGRAMS if name.startswith(f"{family}_")), None)
+
+
 def _absent(name: str, names: Sequence[str]) -> Exception:
     """Return the error for a column that is not among ``names``."""
-    family = next((f for f, members in FAMILY_COLUMNS.items() if name in members), None)
+    family = _family_of(name)
     if family is None:
-        return KeyError(f"no column {name!r}; these statistics hold {', '.join(names)}")
+        held = (n for n in names if _family_of(n) not in HISTOGRAMS)
+        return KeyError(f"no column {name!r}; these statistics hold {', '.join(held)}")
+    asked = "curve" if family in CURVES else family
     return ValueError(
-        f"these statistics do not hold {name}: ask for track=({family!r},) when they are made"
+        f"these statistics do not hold {name}: ask for track=({asked!r},) when they are made"
     )
 
 
@@ -318,9 +338,19 @@ def require(names: Sequence[str], families: Iterable[str]) -> None:
     """Raise a ValueError that names the first column of ``families`` that is absent."""
     for family in families:
         if not (family == "bce" and "bce_pos_sum" in names):
-            for name in FAMILY_COLUMNS[family]:
-                if name not in names:
-                    raise _absent(name, names)
+            held = set(names)
+            name = next((n for n in family_columns(family) if n not in held), None)
+            if name is not None:
+                raise _absent(name, names)
+
+
+def first_column(names: tuple[str, ...], family: str) -> int:
+    """Return where the columns of a histogram begin, which lie one after the other."""
+    members = family_columns(family)
+    first = names.index(members[0])
+    if names[first : first + len(members)] != members:
+        raise ValueError(f"the columns of {family} must lie in their order in the statistics")
+    return first
 
 
 @cache

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastseg.losses import Loss
+from fastseg.statistics import first_column
 from fastseg_kernels.constants import (
     EMPTY,
     FORMS,
@@ -32,7 +33,8 @@ Empty = Literal["formula", "one", "zero", "skip"]
 Scope = Literal["sample", "batch", "image", "class"]
 
 
-def _choice(name: str, value: object, choices: Sequence[object]) -> None:
+def choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise a ValueError if a value is not one of ``choices``."""
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name} must be one of {listed}, got {value!r}")
@@ -81,17 +83,20 @@ class Term(Loss):
 
     ACTIVATION: ClassVar[str] = ""
     """The activation that the term needs: "sigmoid", "softmax", or "": it takes either."""
+    NEEDS_LOGITS: ClassVar[bool] = False
+    """Whether a term of "sigmoid" has no meaning for probabilities."""
 
     def __post_init__(self) -> None:
         """Check the options and make sequences hashable."""
-        _tuple_of(self, "classes", Integral, "indices")
+        if not isinstance(self.classes, str):  # a rule of the subclass
+            _tuple_of(self, "classes", Integral, "indices")
         _tuple_of(self, "class_weights", Real, "numbers")
         if self.class_weights is not None and not all(
             math.isfinite(weight) and weight >= 0 for weight in self.class_weights
         ):
             raise ValueError(f"class_weights must be finite and >= 0, got {self.class_weights}")
         object.__setattr__(self, "include_background", bool(self.include_background))
-        if self.classes is not None and not self.include_background:
+        if isinstance(self.classes, tuple) and not self.include_background:
             raise ValueError(
                 f"include_background=False says which classes count, and so does "
                 f"classes={self.classes}; choose one"
@@ -124,7 +129,7 @@ class Term(Loss):
             if count == 1:
                 raise ValueError("include_background=False leaves none of 1 class")
             weights[0] = np.nan
-        if self.classes is not None:
+        if isinstance(self.classes, tuple):
             if not all(-count <= c < count for c in self.classes):
                 raise ValueError(f"classes must be in [0, {count}), got {self.classes}")
             chosen = np.full(count, np.nan)
@@ -185,7 +190,7 @@ class BCE(Term):
         """Check the options."""
         super().__post_init__()
         _not_negative(self, "pos_weight")
-        _choice("normalize", self.normalize, ("valid", "all", None))
+        choice("normalize", self.normalize, ("valid", "all", None))
 
     def needs(self) -> frozenset[str]:
         """Need the two sums apart only where they are weighted apart."""
@@ -245,7 +250,7 @@ class CrossEntropy(Term):
         _not_negative(self, "label_smoothing")
         if self.label_smoothing > 1:
             raise ValueError(f"label_smoothing must be in [0, 1], got {self.label_smoothing}")
-        _choice("normalize", self.normalize, ("valid", "all", "weights", None))
+        choice("normalize", self.normalize, ("valid", "all", "weights", None))
 
     def needs(self) -> frozenset[str]:
         """Need the sum over all classes only where targets are smoothed."""
@@ -317,16 +322,16 @@ class RegionTerm(Term):
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
-        _choice("form", self.form, FORMS)
+        choice("form", self.form, FORMS)
         _not_negative(self, "smooth_num", "smooth_den", "eps", "gamma")
-        _choice("link", self.link, LINKS)
+        choice("link", self.link, LINKS)
         if self.gamma != 1.0 and self.link != "power":
             raise ValueError(
                 f"gamma must be 1 unless link='power', got gamma={self.gamma} with "
                 f"link={self.link!r}"
             )
-        _choice("scope", self.scope, SCOPES)
-        _choice("empty", self.empty, EMPTY)
+        choice("scope", self.scope, SCOPES)
+        choice("empty", self.empty, EMPTY)
         if self.form == "squared":
             self.row()  # which raises where it has none
 
@@ -469,13 +474,16 @@ class Tversky(RegionTerm):
 
 
 def table_of(
-    parts: tuple[tuple[float, Term], ...], classes: int
+    parts: tuple[tuple[float, Term], ...], classes: int, names: tuple[str, ...]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the table of terms (T, fields) and the class weights (T, C)."""
+    """Return the table of terms (T, fields) and the class weights (T, C); ``names`` of columns."""
     table = np.zeros((len(parts), len(TERM_FIELDS)))
     weights = np.empty((len(parts), classes))
     for k, (weight, term) in enumerate(parts):
         for name, value in {"weight": weight, **term.row()}.items():
             table[k, TERM_FIELDS.index(name)] = value
+        histogram = getattr(term, "histogram", None)
+        if histogram is not None:
+            table[k, TERM_FIELDS.index("histogram")] = first_column(names, histogram)
         weights[k] = term.weights_of_classes(classes)
     return table, weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 MAX_DIMS = 6
 """Spatial axes that a kernel walks after neighbouring axes were merged. Merging leaves more than
@@ -44,17 +45,94 @@ FAMILY_COLUMNS = {
 }
 
 
+class Histogram(NamedTuple):
+    """A family of counts: how many voxels of each label have a number in each bin.
+
+    ``measure`` says which number. "logits" and "probs": predictions, in bins of equal width.
+    "hinge" and "errors": the errors of the Lovasz hinge, 1 - x (2 p - 1), and of probabilities,
+    abs(p - q), where they are above 0; in `OCTAVES` octaves from 2^``lowest`` on, each of equal
+    bins. There is also the sum of what the errors have beyond the lower edge of their bin, in
+    units of the last of 23 fraction bits at that edge. (Errors below the first octave are counted
+    in the first bin, as 0, and those above the last in the last bin, as its upper edge.) So all
+    columns hold integers: adding histograms is exact.
+
+    Columns: "undefined", the predictions that are NaN; the counts of the foreground and of the
+    background; of errors also the sums of either.
+    """
+
+    measure: str
+    bins: int
+    lowest: int = 0  # exponent of the first octave
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Return the names of the groups of ``bins`` columns after the first column."""
+        counts = ("foreground", "background")
+        return counts if self.measure in ("logits", "probs") else (*counts, "missed", "false")
+
+    @property
+    def width(self) -> int:
+        """Return the number of columns."""
+        return 1 + len(self.parts) * self.bins
+
+
+CURVE_BINS = 1024
+"""Bins of predictions: probabilities 1/1024 apart, logits 1/32 apart from -16 to 16."""
+LOVASZ_BINS = (1024, 2048, 4096, 8192)
+"""Bins of errors that there may be: a power of two for each octave, and counts of both labels that
+stay in the second cache."""
+OCTAVES = 64
+FRACTION_BITS = 23
+"""Of an error that are kept; all of a float32."""
+HISTOGRAMS = {
+    "logit_curve": Histogram("logits", CURVE_BINS),
+    "prob_curve": Histogram("probs", CURVE_BINS),
+    **{f"hinge_{bins}": Histogram("hinge", bins, -24) for bins in LOVASZ_BINS},
+    **{f"errors_{bins}": Histogram("errors", bins, -64) for bins in LOVASZ_BINS},
+}
+"""Families of counts, whose columns come after all others, in this order."""
+CURVES = ("logit_curve", "prob_curve")
+"""Those of predictions."""
+
+
 @cache
-def columns(families: frozenset[str]) -> tuple[str, ...]:
-    """Return the names of the columns that ``families`` need, in the order they are stored."""
+def family_columns(family: str) -> tuple[str, ...]:
+    """Return the names of a family's columns."""
+    if family in FAMILY_COLUMNS:
+        return FAMILY_COLUMNS[family]
+    histogram = HISTOGRAMS[family]
+    named = (f"{family}_{part}_{k}" for part in histogram.parts for k in range(histogram.bins))
+    return (f"{family}_undefined", *named)
+
+
+@cache
+def columns(families: frozenset[str], counts: bool = True) -> tuple[str, ...]:
+    """Return the names of the columns that ``families`` need, in the order they are stored.
+
+    Without ``counts`` those of `HISTOGRAMS` are left out.
+    """
     names = list(BASE_COLUMNS)
-    for family, members in FAMILY_COLUMNS.items():
+    for family in (*FAMILY_COLUMNS, *(HISTOGRAMS if counts else ())):
         if family in families:
-            names.extend(members)
+            names.extend(family_columns(family))
     return tuple(names)
 
 
-# One row of the table of terms. A region term is a function of score = H / (H + E) and of
+@cache
+def histograms(families: frozenset[str]) -> tuple[str, ...]:
+    """Return those of the families that are histograms, in the order they are stored."""
+    return tuple(family for family in HISTOGRAMS if family in families)
+
+
+@cache
+def slope_families(families: frozenset[str]) -> frozenset[str]:
+    """Return the families whose gradient is code of its own in a kernel."""
+    lovasz = (f for f in histograms(families) if HISTOGRAMS[f].measure in ("hinge", "errors"))
+    return frozenset({*(SLOPE_FAMILIES & families), *lovasz})
+
+
+# One row of the table of terms. A Lovasz term is a function of a histogram, whose first column and
+# whose bins and first octave the row names. A region term is a function of score = H / (H + E) and of
 # 1 - score = E / (H + E), where
 #   H = hits_i I + hits_f F + hits_g G + hits_0        E = errors_f F + errors_g G + errors_0
 # Neither is formed as a difference: a loss near 0 keeps its digits, and a score near 0 too. What I,
@@ -65,8 +143,9 @@ def columns(families: frozenset[str]) -> tuple[str, ...]:
 TERM_FIELDS = (
     "kind", "weight", "hits_i", "hits_f", "hits_g", "hits_0", "errors_f", "errors_g", "errors_0",
     "eps", "link", "gamma", "scope", "empty", "form", "pos_weight", "normalize", "smoothing",
+    "histogram", "bins", "lowest",
 )  # fmt: skip
-KINDS = ("bce", "region", "cross_entropy")
+KINDS = ("bce", "region", "cross_entropy", "lovasz")
 FORMS = ("product", "l1", "squared")
 LINKS = ("one_minus", "negative", "log", "power")
 SCOPES = ("sample", "batch", "image", "class")
@@ -79,9 +158,12 @@ COEFFICIENTS = 7
 terms on the foreground and off it; the weight of the BCE on the foreground and off it (with
 softmax, ``cpu/softmax.py``, that of the cross-entropy of the target's class and of every class);
 dL/dq of the l1 form where q < p and where q > p; and what q - p is multiplied by for the squared
-form."""
+form.
+
+Where a Lovasz term is added there follow the slopes of its errors, dL/de, for the bins of the
+foreground and then of the background."""
 SLOPE_FAMILIES = frozenset({"overlap_l1", "overlap_squared"})
-"""Families whose gradient is code of its own in a kernel, which others do without."""
+"""Families of sums whose gradient is code of its own in a kernel, which others do without."""
 
 PICKED = (
     "voxels", "count", "targets_sum", "true_positive_sum", "false_negative_sum",

@@ -71,4 +71,4 @@ class Evaluation(NamedTuple):
 
     value: Any  # float64, unless asked for otherwise
     terms: Any  # float64 (T, N, C), or (T, 1, 1): before their weights
-    coefficients: Any  # float64 (N, C, COEFFICIENTS)
+    coefficients: Any  # float64 (N, C, COEFFICIENTS), and those of the bins of a Lovasz term

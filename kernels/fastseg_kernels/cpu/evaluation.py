@@ -18,9 +18,11 @@ from fastseg_kernels.constants import (
     COEFFICIENTS,
     EMPTY,
     FORMS,
+    FRACTION_BITS,
     KINDS,
     LINKS,
     NORMALIZE,
+    OCTAVES,
     PICKED,
     SCOPES,
     TERM_FIELDS,
@@ -36,8 +38,11 @@ ERRORS_F, ERRORS_G, ERRORS_0 = (_AT[f"errors_{n}"] for n in "fg0")
 SCOPE, EMPTY_RULE = _AT["scope"], _AT["empty"]
 POS_WEIGHT, NORMALIZATION = _AT["pos_weight"], _AT["normalize"]
 SMOOTHING, FORM = _AT["smoothing"], _AT["form"]
+HISTOGRAM, BINS, LOWEST = (_AT[n] for n in ("histogram", "bins", "lowest"))
 NEGATIVE, LOG, POWER = LINKS.index("negative"), LINKS.index("log"), LINKS.index("power")
-BCE, REGION, CROSS_ENTROPY = (KINDS.index(n) for n in ("bce", "region", "cross_entropy"))
+BCE, REGION, CROSS_ENTROPY, LOVASZ = (
+    KINDS.index(n) for n in ("bce", "region", "cross_entropy", "lovasz")
+)
 L1, SQUARED = FORMS.index("l1"), FORMS.index("squared")
 BATCH, IMAGE, CLASS = (SCOPES.index(name) for name in ("batch", "image", "class"))
 FORMULA, ONE, SKIP = EMPTY.index("formula"), EMPTY.index("one"), EMPTY.index("skip")
@@ -115,12 +120,12 @@ def region(term, sums):  # type: ignore[no-untyped-def]
 
 @function
 def add_region(term, sums, columns, class_weights, reduction, scale, values, coefficients):  # type: ignore[no-untyped-def]
-    """Evaluate a region term; return its reduced value; fill ``values`` and add to coefficients.
+    """Evaluate a region or Lovasz term; return its reduced value.
 
-    Two rounds over the rows: how many count must be known before the coefficients are.
+    Fill ``values`` and add to the coefficients. Two rounds over the rows: how many count must be known before the coefficients are.
     """
     samples, classes = sums.shape[0], sums.shape[1]
-    batch = term[SCOPE] == BATCH
+    batch, of_bins = term[SCOPE] == BATCH, term[KIND] == LOVASZ
     in_lines = reduction == MEAN and (term[SCOPE] == IMAGE or term[SCOPE] == CLASS)
     lines = _kept_lines(term, sums, columns, class_weights) if in_lines else 1
     groups = min(1, samples) if batch else samples
@@ -130,6 +135,8 @@ def add_region(term, sums, columns, class_weights, reduction, scale, values, coe
         for c in range(classes):
             _collect_region(term, sums, columns, n, c, batch, row)
             value, _, _, keep = region(term, row)
+            if keep and of_bins:
+                value = lovasz(term, sums, n, c, batch, row[P], 0.0, coefficients[n, c])
             if keep and class_weights[c] == class_weights[c]:  # NaN: the class is left out
                 kept += 1
                 part = class_weights[c] * value
@@ -151,7 +158,9 @@ def add_region(term, sums, columns, class_weights, reduction, scale, values, coe
                 factor = term[WEIGHT] * share * scale[n, c] * class_weights[c]
                 if in_lines:
                     factor /= _kept_in_line(term, sums, columns, class_weights, n, c)
-                if term[FORM] == L1:
+                if of_bins:
+                    lovasz(term, sums, n, c, batch, row[P], factor, coefficients[n, c])
+                elif term[FORM] == L1:
                     coefficients[n, c, 4] -= factor * slope_f
                     coefficients[n, c, 5] += factor * slope_g
                 elif term[FORM] == SQUARED:
@@ -205,6 +214,53 @@ def _collect_region(term, sums, columns, n, c, batch, row):  # type: ignore[no-u
         row[INNER], row[F], row[G] = row[L1_INNER], row[L1_F], row[L1_G]
     elif term[FORM] == SQUARED:
         row[INNER], row[F], row[G] = row[PRODUCT], 0.0, row[SQUARED_ERROR]
+    if term[KIND] == LOVASZ:
+        row[G] = np.nan if _counted(sums, n, c, batch, int(term[HISTOGRAM])) > 0.0 else 0.0
+
+
+@function
+def _counted(sums, n, c, batch, column):  # type: ignore[no-untyped-def]
+    """Return a count of a row, or of the rows of all samples."""
+    first, last = (0, sums.shape[0]) if batch else (n, n + 1)
+    total = 0.0
+    for sample in range(first, last):
+        total += sums[sample, c, column]
+    return total
+
+
+@function
+def lovasz(term, sums, n, c, batch, P, factor, coefficients):  # type: ignore[no-untyped-def]
+    """Return the Lovasz extension of a row's histogram; add ``factor`` dL/de to the coefficients.
+
+    A bin is treated as voxels of equal errors: from f and b voxels of larger errors to f + n1 and
+    b + n0, with the mean of the weights of both orders (``reference/lovasz.py``). The errors' sums
+    are exact, so that what a bin loses is their order alone.
+    """
+    at, bins, lowest = int(term[HISTOGRAM]), int(term[BINS]), int(term[LOWEST])
+    per_octave = bins // OCTAVES
+    if _counted(sums, n, c, batch, at) > 0.0:
+        return np.nan
+    inside, union, value = P, P, 0.0
+    for k in range(bins - 1, -1, -1):
+        n1 = _counted(sums, n, c, batch, at + 1 + k)
+        n0 = _counted(sums, n, c, batch, at + 1 + bins + k)
+        if union > 0.0:
+            of_foreground = 0.5 / union + 0.5 / (union + n0)
+            of_background = (0.5 * (inside + (inside - n1)) / union) / (union + n0)
+        else:  # the first errors of a row without foreground, whose weights add up to 1
+            of_foreground, of_background = 1.0, 1.0 / max(n0, 1.0)
+        if n1 + n0 > 0.0 and factor == 0.0:
+            octave = 2.0 ** (lowest + k // per_octave)
+            edge = octave * (1.0 + (k % per_octave) / per_octave) if k > 0 else 0.0
+            unit = octave * 2.0**-FRACTION_BITS
+            missed = _counted(sums, n, c, batch, at + 1 + 2 * bins + k)
+            false = _counted(sums, n, c, batch, at + 1 + 3 * bins + k)
+            value += of_foreground * (n1 * edge + unit * missed)
+            value += of_background * (n0 * edge + unit * false)
+        coefficients[COEFFICIENTS + k] += factor * of_foreground
+        coefficients[COEFFICIENTS + bins + k] += factor * of_background
+        inside, union = inside - n1, union + n0
+    return value
 
 
 @function
@@ -320,7 +376,7 @@ def _compiled() -> Any:
                 total = add_bce(term, sums, columns, weights[k], reduction, scale, values, out)
             elif term[KIND] == CROSS_ENTROPY:
                 total = add_ce(term, sums, columns, weights[k], reduction, scale, values, out)
-            elif term[KIND] == REGION:
+            elif term[KIND] == REGION or term[KIND] == LOVASZ:
                 total = add_region(term, sums, columns, weights[k], reduction, scale, values, out)
             else:  # nobody wrote a branch for it
                 values[:], out[:] = np.nan, np.nan
@@ -340,6 +396,7 @@ class Table(NamedTuple):
     class_weights: NDArray[np.float64]
     columns: NDArray[np.int64]
     reduction: int
+    coefficients: int  # of a row
 
 
 def prepare(
@@ -361,7 +418,8 @@ def prepare(
     reduction
         Index into `constants.REDUCTIONS`.
     """
-    return Table(terms, class_weights, columns, reduction)
+    width = COEFFICIENTS + 2 * int(terms[:, BINS].max(initial=0))
+    return Table(terms, class_weights, columns, reduction, width)
 
 
 def evaluate(
@@ -384,11 +442,11 @@ def evaluate(
     dtype, by_term
         Not used here: the value is float64, and its caller rounds it; the terms are always there.
     """
-    terms, class_weights, columns, reduction = table
+    terms, class_weights, columns, reduction, width = table
     samples, classes = sums.shape[:2]
     shape = (samples, classes) if reduction == NONE else (1, 1)
     result = Evaluation(
-        np.empty(shape), np.empty((len(terms), *shape)), np.empty((samples, classes, COEFFICIENTS))
+        np.empty(shape), np.empty((len(terms), *shape)), np.empty((samples, classes, width))
     )
     scales = _constant((samples, classes), scale) if isinstance(scale, float) else scale
     _compiled()(terms, class_weights, sums, columns, reduction, scales, *result)

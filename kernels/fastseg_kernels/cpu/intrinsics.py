@@ -188,6 +188,22 @@ def prefetch(typing_context: Any, address: Any) -> tuple[Any, Callable[..., Any]
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def add_atomically(
+    typing_context: Any, address: Any, value: Any
+) -> tuple[Any, Callable[..., Any]]:
+    """Add ``value`` to the int64 at ``address``, to which other threads may add too."""
+    integers = all(isinstance(x, types.Integer) for x in (address, value))
+    _require(integers, "add_atomically takes two integers,", (address, value))
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        builder.atomic_rmw("add", pointer, args[1], "monotonic")
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def call_kernel(
     typing_context: Any, address: Any, job: Any, first: Any, last: Any
 ) -> tuple[Any, Callable[..., Any]]:

@@ -13,9 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from fastseg_kernels.constants import BASE_COLUMNS, COEFFICIENTS, columns
+from fastseg_kernels.constants import BASE_COLUMNS, COEFFICIENTS, HISTOGRAMS, columns
 from fastseg_kernels.cpu.compiled import Kernel, function
 from fastseg_kernels.cpu.elementary import REALS
+from fastseg_kernels.cpu.histograms import (
+    MOST_VOXELS,
+    PIECE,
+    lovasz_family,
+    make_counter,
+    make_look_up,
+    make_signed,
+    words_of,
+)
 from fastseg_kernels.cpu.intrinsics import (
     address_of,
     call_kernel,
@@ -88,10 +97,24 @@ def statistics_kernel(variant: Variant) -> Kernel:
     """Compile the kernel that fills ``job.sums`` for a variant; once per process."""
     T = REALS[variant.real].scalar
     Target = np.uint8 if variant.targets == "binary" else T
-    width = len(columns(variant.families))
+    width = len(columns(variant.families, counts=False))
+    counter = make_counter(variant)
+    counts_width = sum(HISTOGRAMS[family].width for family in counter.families)
+    words_of_task, add_counts, flush = counter.words, counter.add, counter.flush
+    counted = bool(counter.families)
+    piece = PIECE if counted else 2**62
     probs, smallest = variant.activation == "probs", np.finfo(T).smallest_subnormal
     tile_sums, direct_tail = make_tile_sums(variant), _make_direct_tail(variant)
     count_invalid = _make_count_invalid(variant)
+
+    @function
+    def turn_to(row, counted_row, count, in_words, words, job):  # type: ignore[no-untyped-def]
+        """Make room for ``count`` voxels of a row; return how many are in the words then."""
+        if row == counted_row and in_words + count <= MOST_VOXELS:
+            return in_words + count
+        if counted_row >= 0:
+            flush(words, pointer_to(job.counts + 8 * counts_width * counted_row, np.int64))
+        return count
 
     def statistics(job_address, first, last):  # type: ignore[no-untyped-def]
         job = carray(pointer_to(job_address, JOB), 1)[0]
@@ -104,6 +127,11 @@ def statistics_kernel(variant: Variant) -> Kernel:
         # Padding is probability 0, and must not reach a threshold that is 0 as a float32.
         threshold = max(T(job.threshold), smallest) if probs else T(job.threshold)
         groups = job.classes // job.inner_classes
+        words = stack_array(words_of_task, np.int64)
+        counted_row, in_words = -1, 0
+        if counted:
+            for i in range(words_of_task):
+                words[i] = 0
         for task in range(first, last):
             row, block = task // job.blocks, task % job.blocks
             n, first_class = row // groups, (row % groups) * job.inner_classes
@@ -113,12 +141,13 @@ def statistics_kernel(variant: Variant) -> Kernel:
                 out = pointer_to(job.sums + 8 * width * index, np.float64)
                 for k in range(width):
                     out[k] = 0.0
-            if job.direct != 0:
-                index = (n * job.classes + first_class) * job.blocks + block
+            while job.direct != 0 and voxel < end:
+                this_row = n * job.classes + first_class
+                index = this_row * job.blocks + block
                 out = pointer_to(job.sums + 8 * width * index, np.float64)
                 x_here = pointer_to(voxel_address(job.logits, n, first_class, voxel), T)
                 p_here = pointer_to(voxel_address(job.targets, n, first_class, voxel), Target)
-                count = end - voxel
+                count = min(piece, end - voxel)
                 bad = tile_sums(x_here, p_here, w, count // TILE, threshold, out)
                 if count % TILE != 0:
                     done = count - count % TILE
@@ -130,9 +159,13 @@ def statistics_kernel(variant: Variant) -> Kernel:
                     bad |= tile_sums(x, p, w, 1, threshold, out)
                 if bad != 0:
                     out[INVALID_COLUMN] += count_invalid(x_here, p_here, w, count)
+                if counted:
+                    in_words = turn_to(this_row, counted_row, count, in_words, words, job)
+                    counted_row = this_row
+                    out[INVALID_COLUMN] += add_counts(x_here, p_here, count, 0, words)
                 out[VOXELS_COLUMN] += count
                 out[COUNT_COLUMN] += count
-                continue
+                voxel += count
             while voxel < end:
                 count = min(STAGE, end - voxel)
                 tiles = (count + TILE - 1) // TILE
@@ -144,9 +177,16 @@ def statistics_kernel(variant: Variant) -> Kernel:
                     call_kernel(job.load, job_address, address_of(ask_pointer), 0)
                     if tile_sums(x, p, w, tiles, threshold, out) != 0:
                         out[INVALID_COLUMN] += count_invalid(x, p, w, count)
+                    if counted:
+                        this_row = n * job.classes + c
+                        in_words = turn_to(this_row, counted_row, count, in_words, words, job)
+                        counted_row = this_row
+                        out[INVALID_COLUMN] += add_counts(x, p, count, ask.left_out, words)
                     out[VOXELS_COLUMN] += count
                     out[COUNT_COLUMN] += count - ask.left_out
                 voxel += count
+        if counted:
+            turn_to(-1, counted_row, 0, in_words, words, job)
 
     return Kernel(statistics, variant.name("statistics"))
 
@@ -160,7 +200,11 @@ def gradient_kernel(variant: Variant) -> Kernel:
     folded = binary and variant.activation == "sigmoid" and "overlap_l1" in variant.families
     Target = np.uint8 if binary else T
     zero = T(0)
-    slope = make_point(variant, real).slope
+    slope, look_up = make_point(variant, real).slope, make_look_up(variant, real)
+    family = lovasz_family(variant.families)
+    looked_up = family is not None
+    width = COEFFICIENTS + (2 * HISTOGRAMS[family].bins if family else 0)
+    signed, words = make_signed(variant, real), words_of(family) if family else 1
 
     @function
     def slopes(x, p, w, count, coefficients, out):  # type: ignore[no-untyped-def]
@@ -182,6 +226,7 @@ def gradient_kernel(variant: Variant) -> Kernel:
         ask.p, ask.w = address_of(p), address_of(w)
         ask.excluded, ask.scratch = address_of(excluded), address_of(scratch)
         groups = job.classes // job.inner_classes
+        of_words, row_of_words = stack_array(words, T), -1
         for task in range(first, last):
             row, block = task // job.blocks, task % job.blocks
             n, first_class = row // groups, (row % groups) * job.inner_classes
@@ -189,9 +234,11 @@ def gradient_kernel(variant: Variant) -> Kernel:
             while voxel < end:
                 count = min(STAGE, end - voxel)
                 for c in range(first_class, first_class + job.inner_classes):
-                    exact = pointer_to(
-                        job.coefficients + 8 * COEFFICIENTS * (n * job.classes + c), np.float64
-                    )
+                    of_row = job.coefficients + 8 * width * (n * job.classes + c)
+                    exact = pointer_to(of_row, np.float64)
+                    if looked_up and row_of_words != n * job.classes + c:
+                        signed(pointer_to(of_row + 8 * COEFFICIENTS, np.float64), of_words)
+                        row_of_words = n * job.classes + c
                     for i in range(COEFFICIENTS):
                         k[i] = T(exact[i])
                     if folded:
@@ -204,10 +251,14 @@ def gradient_kernel(variant: Variant) -> Kernel:
                         x_here = pointer_to(voxel_address(job.logits, n, c, voxel), T)
                         p_here = pointer_to(voxel_address(job.targets, n, c, voxel), Target)
                         slopes(x_here, p_here, w, count, k, g_here)
+                        if looked_up:
+                            look_up(x_here, p_here, count, of_words, g_here)
                     else:
                         ask.x = address_of(x)
                         call_kernel(job.load, job_address, address_of(ask_pointer), 0)
                         slopes(x, p, w, count, k, g_here)
+                        if looked_up:
+                            look_up(x, p, count, of_words, g_here)
                         if ask.left_out > 0:  # exactly 0, also where a coefficient is not finite
                             for i in range(count):
                                 if excluded[i] != 0:

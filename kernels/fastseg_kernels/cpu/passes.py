@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from fastseg_kernels.constants import (
     FLOAT_DTYPES,
     ITEM_SIZES,
-    SLOPE_FAMILIES,
     TARGETS_AS_STORED,
     columns,
+    slope_families,
 )
 from fastseg_kernels.cpu import overlap, softmax, threads
 from fastseg_kernels.cpu.compiled import Kernel
@@ -40,7 +40,8 @@ class _Plan(NamedTuple):
     tasks: int
     blocks: int
     share: bool  # large enough for more than one thread
-    kernels: dict[frozenset[str], tuple[Kernel, tuple[int, ...]]]  # statistics; shape of sums
+    kernels: dict[frozenset[str], tuple[Kernel, tuple[int, ...], int]]  # statistics; shape of
+    # their sums, number of columns of their histograms
     gradients: dict[frozenset[str], Kernel]  # by families of SLOPE_FAMILIES
     free: list[tuple[NDArray[np.int64], int]]  # jobs, with their addresses, that no call uses now
 
@@ -58,8 +59,8 @@ def _word(*path: str) -> int:
 # A call sets a few words of a flat copy: copying a nested record costs 16 us, this 0.3.
 OPERANDS = ("logits", "targets", "mask", "weights", "out")
 ADDRESSES = tuple(_word(name, "address") for name in OPERANDS)
-STORE, IN_PLACE, SUMS, COEFFICIENT_TABLE = (
-    _word(name) for name in ("store", "in_place", "sums", "coefficients")
+STORE, IN_PLACE, SUMS, COUNTS, COEFFICIENT_TABLE = (
+    _word(name) for name in ("store", "in_place", "sums", "counts", "coefficients")
 )
 
 
@@ -202,19 +203,21 @@ def statistics(problem: Problem, families: frozenset[str]) -> NDArray[np.float64
     plan = _plan(arrangement, None)
     if families not in plan.kernels:
         kernel = plan.module.statistics_kernel(plan.variant._replace(families=families))
-        shape = (*arrangement.shape[:2], plan.blocks, len(columns(families)))
-        plan.kernels[families] = kernel, shape
-    kernel, shape = plan.kernels[families]
+        width = len(columns(families, counts=False))
+        shape = (*arrangement.shape[:2], plan.blocks, width)
+        plan.kernels[families] = kernel, shape, len(columns(families)) - width
+    kernel, shape, counted = plan.kernels[families]
     job = _take_job(plan, problem.addresses)
     words, address = job
     partial = np.empty(shape)
     words[SUMS] = _address(partial)
-    threads.run(kernel, address, plan.tasks, plan.share, (job, partial, problem))
+    counts = np.zeros((*shape[:2], counted), np.int64) if counted else None
+    if counts is not None:
+        words[COUNTS] = _address(counts)
+    threads.run(kernel, address, plan.tasks, plan.share, (job, partial, counts, problem))
     plan.free.append(job)
-    if plan.blocks == 1:
-        return partial[:, :, 0]
-    total: NDArray[np.float64] = partial.sum(axis=2)
-    return total
+    total: NDArray[np.float64] = partial[:, :, 0] if plan.blocks == 1 else partial.sum(axis=2)
+    return total if counts is None else np.concatenate([total, counts], axis=2)
 
 
 def gradient(
@@ -225,13 +228,13 @@ def gradient(
 ) -> None:
     """Write dL/dlogits (or dL/dprobs) to ``out`` from the coefficients of every row.
 
-    ``coefficients`` are C-contiguous (N, C, COEFFICIENTS), of a loss that is made of ``families``.
-    One read of every operand and one write; ``out`` may be the logits themselves.
+    ``coefficients`` are C-contiguous, as `evaluation.evaluate` makes them for a loss that is made of
+    ``families``. One read of every operand and one write; ``out`` may be the logits themselves.
     """
     plan = _plan(problem.arrangement, out.layout)
     kernel = plan.gradients.get(families)
     if kernel is None:
-        variant = plan.variant._replace(families=families & SLOPE_FAMILIES)
+        variant = plan.variant._replace(families=slope_families(families))
         kernel = plan.gradients[families] = plan.module.gradient_kernel(variant)
     job = _take_job(plan, (*problem.addresses, out.address))
     words, address = job

@@ -77,7 +77,7 @@ def statistics_kernel(variant: Variant) -> Kernel:
     real = REALS[variant.real]
     T, I = real.scalar, real.integer  # noqa: E741
     size = np.dtype(T).itemsize
-    names = columns(variant.families)
+    names = columns(variant.families, counts=False)
     if not FILLED.issuperset(names):
         raise NotImplementedError(f"no lane adds up {', '.join(sorted({*names} - FILLED))}")
     width, soft = len(names), "soft" in variant.targets

@@ -134,7 +134,7 @@ def _make_class_sums(variant: Variant, real: Real) -> Any:
     overlap, l1, squared = sums_needed(families, "indexed" in variant.targets)
     hard = "hard" in families
     ce, uniform = "ce" in families, "ce_uniform" in families
-    names = columns(families)
+    names = columns(families, counts=False)
     at = {name: names.index(name) if name in names else -1 for name in FILLED}
     at_target, at_inner, at_missed = (
         at[n] for n in ("targets_sum", "true_positive_sum", "false_negative_sum")
@@ -247,7 +247,7 @@ def make_tile_statistics(variant: Variant, real: Real) -> Any:
     hard = "hard" in families
     logs = bool({"ce", "ce_uniform"} & families)
     bent = bool(SLOPE_FAMILIES & families)
-    names = columns(families)
+    names = columns(families, counts=False)
     at_undefined = names.index("undefined") if hard else 0
     walk, class_sums = make_walk(variant, real, False), _make_class_sums(variant, real)
     largest_class, log1p = make_largest(real), make_log1p(real)

@@ -59,7 +59,8 @@ JOB = np.dtype(
         ("store", np.int64),  # address of the store kernel; only called unless in_place
         ("in_place", np.int64),  # 1: the gradient is computed where out lies
         ("sums", np.int64),  # address of float64 (samples, classes, blocks, columns)
-        ("coefficients", np.int64),  # address of float64 (samples, classes, COEFFICIENTS)
+        ("counts", np.int64),  # address of int64 (samples, classes, columns of the histograms)
+        ("coefficients", np.int64),  # address of float64 (samples, classes, coefficients)
     ]
 )
 """What the kernels of the overlap family are told; addresses are of the caller's memory."""

@@ -49,7 +49,7 @@ def make_tile_sums(variant: Variant) -> Any:
     add, join, log_sum = point.add, point.join, point.log_sum
     binary, weighted = variant.targets == "binary", variant.targets == "weighted"
     counted = binary and variant.activation == "sigmoid"  # targets are added up as integers
-    names = columns(variant.families)
+    names = columns(variant.families, counts=False)
     if not FILLED.issuperset(names):
         raise NotImplementedError(f"no lane adds up {', '.join(sorted({*names} - FILLED))}")
     at = {name: names.index(name) if name in names else -1 for name in FILLED}
