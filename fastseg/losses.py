@@ -360,8 +360,8 @@ class Loss:
         threshold = 0.5 if activation == "probs" else 0.0
         if weight_map is not None and self._sets:
             raise ValueError(
-                f"weight_map has no meaning for {', '.join(self._sets)}, losses of a set of voxels; "
-                "use mask="
+                f"weight_map has no meaning for {', '.join(self._sets)}, losses of a set of "
+                "voxels; use mask="
             )
         return make_problem(logits, targets, mask, weight_map, self.options, activation, threshold)
 

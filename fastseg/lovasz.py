@@ -1,4 +1,4 @@
-"""The Lovász losses: surrogates of the hard Jaccard index, by sorting errors or by counting them."""
+"""The Lovász losses: surrogates of the hard Jaccard index, by sorting errors or counting them."""
 
 from __future__ import annotations
 

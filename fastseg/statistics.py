@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastseg.curves import JaccardCurve, curve_of
 from fastseg.problems import invalid_message
 from fastseg.scores import dice_from_counts, jaccard_from_counts, reduce_scores
 from fastseg_kernels.constants import (
@@ -273,6 +274,19 @@ class Statistics:
         fetched = self._fetched()
         scores = dice_from_counts(fetched.counts(), empty)
         return reduce_scores(scores, fetched["undefined"], reduction)
+
+    def jaccard_curve(self) -> JaccardCurve:
+        """Return the hard Jaccard index and Dice score at every threshold.
+
+        They need ``track=("curve",)``. Thresholds are 1/32 apart for logits (from -16 to 16) and 1/1024 for probabilities; at each
+        of them scores are exact, those that `fastseg.jaccard_index` would count anew. With softmax
+        they are those of one class against all others, by its probability. A soft target is
+        foreground from 0.5 on (with softmax: of the largest class). Curves of chunks add up with
+        the statistics. Raises as `check` does.
+        """
+        fetched = self._fetched()
+        fetched._check_if_known()
+        return curve_of(fetched)
 
     # Storing
 

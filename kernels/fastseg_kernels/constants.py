@@ -132,8 +132,8 @@ def slope_families(families: frozenset[str]) -> frozenset[str]:
 
 
 # One row of the table of terms. A Lovasz term is a function of a histogram, whose first column and
-# whose bins and first octave the row names. A region term is a function of score = H / (H + E) and of
-# 1 - score = E / (H + E), where
+# whose bins and first octave the row names. A region term is a function of score = H / (H + E) and
+# of 1 - score = E / (H + E), where
 #   H = hits_i I + hits_f F + hits_g G + hits_0        E = errors_f F + errors_g G + errors_0
 # Neither is formed as a difference: a loss near 0 keeps its digits, and a score near 0 too. What I,
 # F and G are, its form says:

@@ -122,7 +122,8 @@ def region(term, sums):  # type: ignore[no-untyped-def]
 def add_region(term, sums, columns, class_weights, reduction, scale, values, coefficients):  # type: ignore[no-untyped-def]
     """Evaluate a region or Lovasz term; return its reduced value.
 
-    Fill ``values`` and add to the coefficients. Two rounds over the rows: how many count must be known before the coefficients are.
+    Fill ``values`` and add to the coefficients. Two rounds over the rows: how many count must be
+    known before the coefficients are.
     """
     samples, classes = sums.shape[0], sums.shape[1]
     batch, of_bins = term[SCOPE] == BATCH, term[KIND] == LOVASZ

@@ -188,19 +188,16 @@ def prefetch(typing_context: Any, address: Any) -> tuple[Any, Callable[..., Any]
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def add_atomically(
-    typing_context: Any, address: Any, value: Any
-) -> tuple[Any, Callable[..., Any]]:
-    """Add ``value`` to the int64 at ``address``, to which other threads may add too."""
+def add_atomically(typing_context: Any, address: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
+    """Add to the int64 at ``address``, to which other threads may add; return what it was."""
     integers = all(isinstance(x, types.Integer) for x in (address, value))
     _require(integers, "add_atomically takes two integers,", (address, value))
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-        builder.atomic_rmw("add", pointer, args[1], "monotonic")
-        return context.get_dummy_value()
+        return builder.atomic_rmw("add", pointer, args[1], "monotonic")
 
-    return types.void(types.int64, types.int64), codegen
+    return types.int64(types.int64, types.int64), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -19,6 +19,7 @@ from fastseg_kernels.constants import (
 )
 from fastseg_kernels.cpu import overlap, softmax, threads
 from fastseg_kernels.cpu.compiled import Kernel
+from fastseg_kernels.cpu.histograms import task_words
 from fastseg_kernels.cpu.operands import fill_operand
 from fastseg_kernels.cpu.overlap import block_length
 from fastseg_kernels.cpu.points import Variant
@@ -59,8 +60,8 @@ def _word(*path: str) -> int:
 # A call sets a few words of a flat copy: copying a nested record costs 16 us, this 0.3.
 OPERANDS = ("logits", "targets", "mask", "weights", "out")
 ADDRESSES = tuple(_word(name, "address") for name in OPERANDS)
-STORE, IN_PLACE, SUMS, COUNTS, COEFFICIENT_TABLE = (
-    _word(name) for name in ("store", "in_place", "sums", "counts", "coefficients")
+STORE, IN_PLACE, SUMS, COUNTS, WORDS, PARTS, COEFFICIENT_TABLE = (
+    _word(n) for n in ("store", "in_place", "sums", "counts", "words", "parts", "coefficients")
 )
 
 
@@ -211,10 +212,17 @@ def statistics(problem: Problem, families: frozenset[str]) -> NDArray[np.float64
     words, address = job
     partial = np.empty(shape)
     words[SUMS] = _address(partial)
-    counts = np.zeros((*shape[:2], counted), np.int64) if counted else None
-    if counts is not None:
+    counts = own = None
+    if counted:
+        counts = np.zeros((*shape[:2], counted), np.int64)
         words[COUNTS] = _address(counts)
-    threads.run(kernel, address, plan.tasks, plan.share, (job, partial, counts, problem))
+        if plan.module is softmax:
+            if arrangement.weights is not None:
+                raise ValueError("with softmax a curve cannot be counted with a weight_map")
+            parts = threads.parts_of(plan.tasks, plan.share)
+            own = np.zeros((parts, shape[1], task_words(families)), np.int64)
+            words[WORDS], words[PARTS] = _address(own), 0
+    threads.run(kernel, address, plan.tasks, plan.share, (job, partial, counts, own, problem))
     plan.free.append(job)
     total: NDArray[np.float64] = partial[:, :, 0] if plan.blocks == 1 else partial.sum(axis=2)
     return total if counts is None else np.concatenate([total, counts], axis=2)
@@ -228,8 +236,8 @@ def gradient(
 ) -> None:
     """Write dL/dlogits (or dL/dprobs) to ``out`` from the coefficients of every row.
 
-    ``coefficients`` are C-contiguous, as `evaluation.evaluate` makes them for a loss that is made of
-    ``families``. One read of every operand and one write; ``out`` may be the logits themselves.
+    ``coefficients`` are C-contiguous, as `evaluation.evaluate` makes them for a loss that is made
+    of ``families``. One read of every operand and one write; ``out`` may be the logits themselves.
     """
     plan = _plan(problem.arrangement, out.layout)
     kernel = plan.gradients.get(families)

@@ -31,10 +31,12 @@ from functools import cache
 
 import numpy as np
 
-from fastseg_kernels.constants import COEFFICIENTS, columns
+from fastseg_kernels.constants import COEFFICIENTS, HISTOGRAMS, columns
 from fastseg_kernels.cpu.compiled import Kernel, function
 from fastseg_kernels.cpu.elementary import REALS
+from fastseg_kernels.cpu.histograms import MOST_VOXELS, lovasz_family, make_counter
 from fastseg_kernels.cpu.intrinsics import (
+    add_atomically,
     address_of,
     call_kernel,
     carray,
@@ -54,6 +56,8 @@ from fastseg_kernels.cpu.softmax_stage import (
 from fastseg_kernels.cpu.softmax_sums import FILLED, make_tile_statistics
 from fastseg_kernels.cpu.stage import JOB, LOAD_REQUEST
 
+PARTS = JOB.fields["parts"][1]  # type: ignore[index]
+"""Where in a job the number of its parts lies that have begun."""
 SHORTEST_BLOCK = 8192
 """Logits of a block; as in `overlap`."""
 MOST_BLOCKS = 256
@@ -84,6 +88,9 @@ def statistics_kernel(variant: Variant) -> Kernel:
     p_length = BUFFER if soft else 1
     at_voxels, at_count, at_invalid = (names.index(n) for n in ("voxels", "count", "invalid"))
     tile_statistics = make_tile_statistics(variant, real)
+    counter = make_counter(variant)
+    counted, words_of_class, flush = bool(counter.families), counter.words, counter.flush
+    counts_width = sum(HISTOGRAMS[family].width for family in counter.families)
     zero, one = T(0), T(1)
 
     @function
@@ -93,6 +100,14 @@ def statistics_kernel(variant: Variant) -> Kernel:
         for i in range(count):
             invalid += keep[i] != zero and not zero <= p[i] <= one
         return invalid
+
+    @function
+    def flush_sample(n, words, job):  # type: ignore[no-untyped-def]
+        """Add the words of all classes to the counts of a sample."""
+        for c in range(job.classes):
+            row = job.counts + 8 * counts_width * (n * job.classes + c)
+            of_class = pointer_to(words + 8 * words_of_class * c, np.int64)
+            flush(of_class, pointer_to(row, np.int64))
 
     def statistics(job_address, first, last):  # type: ignore[no-untyped-def]
         job = carray(pointer_to(job_address, JOB), 1)[0]
@@ -105,6 +120,10 @@ def statistics_kernel(variant: Variant) -> Kernel:
         ask.keep, ask.weight = address_of(keep), address_of(weight)
         ask.tile = job.inner_classes  # how long a tile is, see `passes`
         step = 8 * width * job.blocks
+        words, in_words, sample = 0, 0, -1
+        if counted:
+            part = add_atomically(job_address + PARTS, 1)
+            words = job.words + 8 * words_of_class * job.classes * part
         for task in range(first, last):
             n, block = task // job.blocks, task % job.blocks
             out = job.sums + 8 * width * (n * job.classes * job.blocks + block)
@@ -120,9 +139,16 @@ def statistics_kernel(variant: Variant) -> Kernel:
                     here, here_step = voxel_address(job.logits, n, 0, voxel), job.logits.stride_c
                 ask.x = address_of(x) if here == address_of(x) else 0
                 call_kernel(job.load, job_address, address_of(ask_pointer), 0)
-                tile_statistics(here, here_step, ask.p, address_of(e), ask.tile, job.classes,
-                                target, keep, weight, out, step)  # fmt: skip
-                pointer_to(out, np.float64)[at_invalid] += ask.invalid
+                if counted:
+                    if sample >= 0 and (sample != n or in_words + ask.count > MOST_VOXELS):
+                        flush_sample(sample, words, job)
+                        in_words = 0
+                    sample, in_words = n, in_words + ask.count
+                soft_ones = tile_statistics(
+                    here, here_step, ask.p, address_of(e), ask.tile, job.classes, target, keep,
+                    weight, out, step, words, 8 * words_of_class, ask.count, ask.left_out,
+                )  # fmt: skip
+                pointer_to(out, np.float64)[at_invalid] += ask.invalid + soft_ones
                 for c in range(job.classes):
                     sums = pointer_to(out + c * step, np.float64)
                     sums[at_voxels] += ask.count
@@ -130,6 +156,8 @@ def statistics_kernel(variant: Variant) -> Kernel:
                     if soft:
                         row = pointer_to(ask.p + c * ask.tile * size, T)
                         sums[at_invalid] += count_invalid(row, keep, ask.tile, ask.count)
+        if counted and sample >= 0:
+            flush_sample(sample, words, job)
 
     return Kernel(statistics, variant.name("statistics"))
 
@@ -142,6 +170,8 @@ def gradient_kernel(variant: Variant) -> Kernel:
     size = np.dtype(T).itemsize
     p_length = BUFFER if "soft" in variant.targets else 1
     k_length = (COEFFICIENTS + 1) * MOST_CLASSES
+    family = lovasz_family(variant.families)
+    width = COEFFICIENTS + (2 * HISTOGRAMS[family].bins if family else 0)
     h_length = BUFFER if has_slopes(variant) else 1
     folded = "overlap_l1" in variant.families and "soft" not in variant.targets
     tile_gradient = make_tile_gradient(variant, real)
@@ -159,19 +189,17 @@ def gradient_kernel(variant: Variant) -> Kernel:
         ask.tile, put.scratch = job.inner_classes, address_of(scratch)
         for task in range(first, last):
             n, block = task // job.blocks, task % job.blocks
-            exact = pointer_to(job.coefficients + 8 * COEFFICIENTS * n * job.classes, np.float64)
+            exact = pointer_to(job.coefficients + 8 * width * n * job.classes, np.float64)
             of_all = 0.0
             for c in range(job.classes):
-                of_all += exact[COEFFICIENTS * c + 3]
+                of_all += exact[width * c + 3]
                 for j in range(COEFFICIENTS):
-                    k[j * job.classes + c] = T(exact[COEFFICIENTS * c + j])
+                    k[j * job.classes + c] = T(exact[width * c + j])
                 if folded:  # targets are 0 and 1
-                    k[c] = T(exact[COEFFICIENTS * c] + exact[COEFFICIENTS * c + 4])
-                    k[job.classes + c] = T(
-                        exact[COEFFICIENTS * c + 1] + exact[COEFFICIENTS * c + 5]
-                    )
+                    k[c] = T(exact[width * c] + exact[width * c + 4])
+                    k[job.classes + c] = T(exact[width * c + 1] + exact[width * c + 5])
             for c in range(job.classes):
-                k[COEFFICIENTS * job.classes + c] = T(of_all - exact[COEFFICIENTS * c + 3])
+                k[COEFFICIENTS * job.classes + c] = T(of_all - exact[width * c + 3])
             end = min(job.voxels, (block + 1) * job.block)
             for voxel in range(block * job.block, end, ask.tile):
                 ask.n, ask.voxel, ask.count = n, voxel, min(ask.tile, end - voxel)
@@ -185,8 +213,10 @@ def gradient_kernel(variant: Variant) -> Kernel:
                 in_place = job.in_place != 0 and whole
                 if in_place:
                     there, there_step = voxel_address(job.out, n, 0, voxel), job.out.stride_c
-                tile_gradient(here, here_step, ask.p, address_of(e), address_of(h), ask.tile,
-                              job.classes, target, weight, k, there, there_step)  # fmt: skip
+                tile_gradient(
+                    here, here_step, ask.p, address_of(e), address_of(h), ask.tile, job.classes,
+                    target, weight, k, address_of(exact), there, there_step,
+                )  # fmt: skip
                 if not in_place:
                     put.n, put.voxel, put.count = n, voxel, ask.count
                     for c in range(job.classes):

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from fastseg_kernels.constants import COEFFICIENTS
+from fastseg_kernels.constants import COEFFICIENTS, HISTOGRAMS
 from fastseg_kernels.cpu.compiled import function, inlined, pasted
 from fastseg_kernels.cpu.elementary import Real
+from fastseg_kernels.cpu.histograms import ClassTile, lovasz_family, make_class_look_up
 from fastseg_kernels.cpu.intrinsics import (
     address_of,
     fma,
@@ -30,7 +31,8 @@ from fastseg_kernels.cpu.softmax_walk import Tops, make_end_group, make_slope, m
 def has_slopes(variant: Variant) -> bool:
     """Tell whether h_c depends on q_c. With class indices, p in {0, 1}, the l1 form's does not."""
     l1, squared = (f"overlap_{form}" in variant.families for form in ("l1", "squared"))
-    return squared or (l1 and "indexed" not in variant.targets)
+    lovasz = lovasz_family(variant.families) is not None
+    return squared or lovasz or (l1 and "indexed" not in variant.targets)
 
 
 def make_bent(variant: Variant, real: Real) -> Any:
@@ -53,7 +55,9 @@ def make_tile_gradient(variant: Variant, real: Real) -> Any:
     size = np.dtype(T).itemsize
     zero, one = T(0), T(1)
     indexed = "indexed" in variant.targets
-    is_bent = has_slopes(variant)
+    is_bent, family = has_slopes(variant), lovasz_family(variant.families)
+    looked_up, look_up = family is not None, make_class_look_up(variant, real)
+    width = COEFFICIENTS + (2 * HISTOGRAMS[family].bins if family else 0)
     walk, end_group = make_walk(variant, real, not is_bent), make_end_group(real)
     slope, bent = make_slope(variant, real), make_bent(variant, real)
 
@@ -88,7 +92,9 @@ def make_tile_gradient(variant: Variant, real: Real) -> Any:
         return here, (pull + equal * strongest) - here
 
     @pasted
-    def fill_slopes(e, p, h, tile, classes, target, k, left, scaled, largest, h_top):  # type: ignore[no-untyped-def]
+    def fill_slopes(  # type: ignore[no-untyped-def]
+        e, p, h, tile, classes, target, weight, k, tables, left, scaled, largest, h_top
+    ):
         """Fill h_c where it depends on q_c, and that of a class that reaches m."""
         for c in range(classes):
             e_row, share = pointer_to(e + c * tile * size, T), pointer_to(p + c * tile * size, T)
@@ -103,14 +109,21 @@ def make_tile_gradient(variant: Variant, real: Real) -> Any:
                 linear = slope(is_target, share, i, steep, flat)
                 value = linear + bent(is_target, part, q, rest, below, above, square)
                 h_row[i] = value
-                h_top[i] = select(e_row[i] == largest[i], value, h_top[i])
+            if looked_up:
+                here = ClassTile(e_row, scaled, left, largest, target, weight, label)
+                table = pointer_to(tables + 8 * (width * c + COEFFICIENTS), np.float64)
+                look_up(here, share, tile, table, h_row)
+            for i in range(tile):
+                h_top[i] = select(e_row[i] == largest[i], h_row[i], h_top[i])
 
     @inlined
     def slope_at(h_row, is_target, share, i, steep, flat):  # type: ignore[no-untyped-def]
         return h_row[i] if is_bent else slope(is_target, share, i, steep, flat)
 
     @function
-    def tile_gradient(x, x_step, p, e, h, tile, classes, target, weight, k, out, out_step):  # type: ignore[no-untyped-def]
+    def tile_gradient(  # type: ignore[no-untyped-def]
+        x, x_step, p, e, h, tile, classes, target, weight, k, tables, out, out_step
+    ):
         wide_vectors()
         scaled, left = stack_array(LONGEST_TILE, T), stack_array(LONGEST_TILE, T)
         mean = stack_array(LONGEST_TILE, T)
@@ -139,7 +152,8 @@ def make_tile_gradient(variant: Variant, real: Real) -> Any:
             group[i] = zero
             scaled[i] = one / (left[i] + largest[i])
         if is_bent:
-            fill_slopes(e, p, h, tile, classes, target, k, left, scaled, largest, h_top)
+            fill_slopes(e, p, h, tile, classes, target, weight, k, tables, left, scaled, largest,
+                        h_top)  # fmt: skip
         for c in range(classes):
             e_row, share = pointer_to(e + c * tile * size, T), pointer_to(p + c * tile * size, T)
             steep, flat, a, label = on[c], off[c], mine[c], I(c)

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseg_kernels.constants import BASE_COLUMNS, SLOPE_FAMILIES, columns
+from fastseg_kernels.constants import BASE_COLUMNS, CURVES, SLOPE_FAMILIES, columns
 from fastseg_kernels.cpu.compiled import function, inlined, pasted
 from fastseg_kernels.cpu.elementary import Real, make_log1p
+from fastseg_kernels.cpu.histograms import ClassTile, make_counter
 from fastseg_kernels.cpu.intrinsics import fma, is_same, pointer_to, stack_array, wide_vectors
 from fastseg_kernels.cpu.points import Variant, make_short_and_excess, sums_needed
 from fastseg_kernels.cpu.softmax_stage import LONGEST_TILE, MOST_CLASSES, NOBODY, UNIT
@@ -246,7 +247,10 @@ def make_tile_statistics(variant: Variant, real: Real) -> Any:
     families, indexed = variant.families, "indexed" in variant.targets
     hard = "hard" in families
     logs = bool({"ce", "ce_uniform"} & families)
-    bent = bool(SLOPE_FAMILIES & families)
+    counter = make_counter(variant)
+    counted, add_counts = bool(counter.families), counter.add
+    curve = bool({*CURVES} & families)
+    bent = counted or bool(SLOPE_FAMILIES & families)
     names = columns(families, counts=False)
     at_undefined = names.index("undefined") if hard else 0
     walk, class_sums = make_walk(variant, real, False), _make_class_sums(variant, real)
@@ -254,7 +258,11 @@ def make_tile_statistics(variant: Variant, real: Real) -> Any:
     _, exponential = make_exponential(real)
 
     @function
-    def tile_statistics(x, x_step, p, e, tile, classes, label, keep, weight, out, out_step):  # type: ignore[no-untyped-def]
+    def tile_statistics(  # type: ignore[no-untyped-def]
+        x, x_step, p, e, tile, classes, label, keep, weight, out, out_step, words, words_step,
+        count, left_out,
+    ):  # fmt: skip
+        """Return how many targets are invalid that are only invalid for what is counted."""
         wide_vectors()
         true_class, predicted = stack_array(LONGEST_TILE, I), stack_array(LONGEST_TILE, I)
         scaled, left = stack_array(LONGEST_TILE, T), stack_array(LONGEST_TILE, T)
@@ -281,20 +289,21 @@ def make_tile_statistics(variant: Variant, real: Real) -> Any:
                 below = zero if own[i] == top[i] else top[i] - own[i]
                 log[i] = weight[i] * log1p(left[i] / largest[i])
                 nll[i] = log[i] + (weight[i] * below if weight[i] != zero else zero)
-        undefined = 0
-        if hard:
+        undefined = invalid = 0
+        if hard or curve:
             if indexed:
                 for i in range(tile):
                     true_class[i] = label[i]
             else:
                 largest_class(p, tile * size, tile, classes, unused, true_class)
+        if hard:
             largest_class(x, x_step, tile, classes, unused, predicted)
             for i in range(tile):
                 absent, nan = keep[i] == zero, unused[i] != unused[i]
                 predicted[i] = nobody if absent or nan else predicted[i]
                 true_class[i] = nobody if absent else true_class[i]
                 undefined += nan and not absent
-        target = true_class if hard else label
+        target = true_class if hard or curve else label
         voxels = Voxels(target, predicted, weight, scaled, inverse, left, missed, nll, log, top,
                         largest)  # fmt: skip
         for c in range(classes):
@@ -305,5 +314,10 @@ def make_tile_statistics(variant: Variant, real: Real) -> Any:
             class_sums(x_row, e_row, p_row, voxels, I(c), tile, sums)
             if hard:
                 sums[at_undefined] += undefined
+            if counted:
+                here = ClassTile(e_row, inverse, left, largest, target, keep, I(c))
+                of_class = pointer_to(words + c * words_step, np.int64)
+                invalid += add_counts(here, p_row, count, left_out, of_class)
+        return invalid
 
     return tile_statistics

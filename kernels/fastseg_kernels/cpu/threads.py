@@ -247,14 +247,19 @@ def describe() -> dict[str, Any]:
     return {"threads": get_num_threads(), "available": available_threads(), "way": way}
 
 
+def parts_of(tasks: int, share: bool) -> int:
+    """Return how many calls of a kernel `run` makes, each for a part of the tasks."""
+    return max(1, min(get_num_threads(), tasks)) if share else 1
+
+
 def run(kernel: Kernel, job: int, tasks: int, share: bool = True, memory: object = None) -> None:
     """Run ``kernel`` on ``tasks`` tasks of the job at address ``job``; return when all are done.
 
     ``share=False`` keeps work that is too small to be worth a second thread on this one.
     ``memory`` is what owns the job and all that it points to; other threads hold it meanwhile.
     """
-    parts = min(get_num_threads(), tasks) if share else 1
-    if parts <= 1:
+    parts = parts_of(tasks, share)
+    if parts == 1:
         kernel.call(job, 0, tasks)
         return
     state = _state
