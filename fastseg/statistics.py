@@ -278,11 +278,11 @@ class Statistics:
     def jaccard_curve(self) -> JaccardCurve:
         """Return the hard Jaccard index and Dice score at every threshold.
 
-        They need ``track=("curve",)``. Thresholds are 1/32 apart for logits (from -16 to 16) and 1/1024 for probabilities; at each
-        of them scores are exact, those that `fastseg.jaccard_index` would count anew. With softmax
-        they are those of one class against all others, by its probability. A soft target is
-        foreground from 0.5 on (with softmax: of the largest class). Curves of chunks add up with
-        the statistics. Raises as `check` does.
+        They need ``track=("curve",)``. Thresholds are 1/32 apart for logits (from -16 to 16) and
+        1/1024 for probabilities; at each of them scores are exact, those that a count of all voxels
+        from there on would give. With softmax they are those of one class against all others, by
+        its probability. A soft target is foreground from 0.5 on (with softmax: of the largest
+        class). Curves of chunks add up with the statistics. Raises as `check` does.
         """
         fetched = self._fetched()
         fetched._check_if_known()
