@@ -10,6 +10,7 @@
 Importing it imports NumPy and nothing else: a backend is loaded by the first call that needs it.
 """
 
+from fastseg import presets
 from fastseg.config import get_num_threads, set_num_threads, show_config
 from fastseg.dispatch import backend_name
 from fastseg.functional import sigmoid
@@ -52,6 +53,7 @@ __all__ = [
     "dice_score",
     "get_num_threads",
     "jaccard_index",
+    "presets",
     "set_num_threads",
     "show_config",
     "sigmoid",
