@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 import fastseg as fs
+import fastseg.torch
 from fastseg import presets
 
 SHAPES = [(2, 3, 7, 11), (3, 4, 5, 3, 7), (1, 5, 263)]
@@ -122,8 +123,7 @@ def test_monai_dice_equals_monai(monai, options, activation, shape):
         arguments = {**given, activation: True, "to_onehot_y": indexed}
         peer = monai.DiceLoss(**arguments)
         loss = presets.monai_dice(**arguments)
-        if options.get("include_background", True) or options.get("reduction") != "none":
-            check(loss, logits, targets, peer)
+        check(loss, logits, targets, peer)
 
 
 @pytest.mark.parametrize("options", DICE, ids=str)
@@ -164,6 +164,38 @@ def test_monai_rules_of_ignored_one_hot_targets_are_masks(monai):
     outside, second = (monai.DiceLoss(sigmoid=True, ignore_index=i) for i in (255, 1))
     check(loss, logits_of(shape), hot, outside, hot.astype(float), mask=hot.any(1))
     check(loss, logits_of(shape), hot, second, hot.astype(float), mask=hot[:, 1] == 0)
+
+
+def test_monai_dice_without_reduction_is_0_for_the_background(monai):
+    shape, options = (2, 3, 7, 11), {"include_background": False, "reduction": "none"}
+    logits, targets = logits_of(shape), regions_of(shape)
+    got = presets.monai_dice(sigmoid=True, **options)(logits, targets)
+    expected = monai.DiceLoss(sigmoid=True, **options)(torch.tensor(logits), torch.tensor(targets))
+    np.testing.assert_allclose(got[:, 1:], expected.squeeze(), rtol=1e-6)
+    np.testing.assert_array_equal(got[:, 0], 0.0)
+
+
+def test_an_image_without_a_voxel_that_counts_is_left_out(monai):
+    """MONAI counts it as 0 in the mean: half the loss, and half the gradient of the other image."""
+    logits, targets = logits_of((2, 3, 7, 11)), indices_of((2, 3, 7, 11))
+    targets[0] = 255
+    options = {"softmax": True, "to_onehot_y": True, "ignore_index": 255}
+    loss, peer = presets.monai_dice(**options), monai.DiceLoss(**options)
+    check(loss, logits, targets, lambda x, y: 2 * peer(x, y))
+    np.testing.assert_array_equal(loss(logits, targets), loss(logits[1:], targets[1:]))
+
+
+def test_monai_dice_ce_is_differentiated_by_pytorch(monai):
+    shape, options = (2, 3, 7, 11), {"softmax": True, "to_onehot_y": True}
+    targets, gradients = torch.tensor(indices_of(shape)), []
+    for loss in (
+        fastseg.torch.Loss(presets.monai_dice_ce(**options)),
+        monai.DiceCELoss(**options),
+    ):
+        logits = torch.tensor(logits_of(shape), requires_grad=True)
+        (3.0 * loss(logits, targets)).backward()
+        gradients.append(logits.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
 
 
 DICE_CE: list[dict[str, Any]] = [
@@ -468,7 +500,9 @@ REFUSED: list[tuple[Callable[..., fs.Loss], tuple[Any, ...], dict[str, Any], str
     (presets.smp_dice, ("binary ",), {}, "mode must be one of 'binary'.* got 'binary '"),
     (presets.smp_dice, ("binary", [0]), {}, r"classes must be None .* got \[0\]"),
     (presets.smp_dice, ("binary",), {"class_weights": [1.0]}, "class_weights must be None"),
-    (presets.smp_dice, ("multiclass", [1, 1]), {}, r"classes must name .* once, got \[1, 1\]"),
+    (presets.smp_dice, ("multiclass", [1, 1]), {}, r"classes must be .* once, got \[1, 1\]"),
+    (presets.smp_dice, ("multiclass", 2), {}, "classes must be a sequence .* got 2"),
+    (presets.smp_dice, ("multiclass", [3]), {"class_weights": [1, 2]}, r"in \[0, 2\).* got \(3,\)"),
     (presets.smp_dice, ("multiclass",), {"class_weights": [0.0]}, "must not all be 0"),
     (presets.smp_jaccard, ("multiclass",), {"from_logits": False}, "from_logits must be True"),
     (presets.smp_jaccard, ("multiclass",), {"smooth": -1.0}, "smooth must be .* got -1.0"),
@@ -481,6 +515,8 @@ REFUSED: list[tuple[Callable[..., fs.Loss], tuple[Any, ...], dict[str, Any], str
     (presets.smp_lovasz, ("multiclass",), {"from_logits": False}, "from_logits must be True"),
     (presets.nnunet_dice_ce, (), {"ddp": True, "batch_dice": True}, "ddp must be False"),
     (presets.nnunet_dice_ce, (), {"smooth": -1.0}, "smooth must be .* got -1.0"),
+    (presets.nnunet_dice_ce, (), {"weight_ce": "much"}, "weight_ce must be .* got 'much'"),
+    (presets.nnunet_dice_bce, (), {"weight_dice": -1}, "weight_dice must be .* got -1"),
     (presets.nnunet_dice_bce, (), {"use_ignore_label": True}, "mask=targets"),
     (presets.jdt_jml, (0.0,), {}, "one of mIoUD, mIoUI and mIoUC must be above 0"),
     (presets.jdt_jml, (-1.0,), {}, "mIoUD must be .* got -1.0"),

@@ -7,7 +7,7 @@ loss cannot follow is refused here, and what differs is said in the notes. Throu
 - targets and probabilities outside the allowed values are errors, where the peers compute on;
 - rows (a sample and class, or a class of the batch) without a voxel that counts are left out of
   the mean, where the peers count the score that their smoothing gives;
-- what is for one class says so of logits of several by the message on class weights.
+- a loss for one class refuses logits of several, by a message that speaks of class weights.
 
 In formulas p is the target and q the probability of a voxel, I = sum p q, P = sum p, Q = sum q.
 

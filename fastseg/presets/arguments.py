@@ -51,7 +51,7 @@ def only_number(name: str, value: Any) -> float:
     array = np.asarray(plain(value))
     if array.size != 1:
         raise ValueError(f"{name} must be one number for a loss of one class, got {value!r}")
-    return number(name, array.reshape(-1)[0])
+    return number(name, value if array.ndim == 0 else array.reshape(-1)[0])
 
 
 def numbers_by_class(name: str, value: Any) -> float | tuple[float, ...]:

@@ -59,9 +59,9 @@ def monai_dice(
     weight
         One number, or one for each class that counts.
     ignore_index
-        Label of voxels that do not count, for softmax with class indices or for one class alone
-        (the message for more speaks of class weights). MONAI's rules for one-hot targets are masks:
-        ``mask=targets[:, k] == 0`` for class k and ``mask=targets.any(1)`` for a label outside.
+        Label of voxels that do not count, for softmax with class indices or for one class alone.
+        MONAI's rules for one-hot targets are masks at the call: ``mask=targets[:, k] == 0`` for
+        class k, and ``mask=targets.any(1)`` for a label that is no class.
 
     Notes
     -----
@@ -155,10 +155,10 @@ def monai_dice_ce(
         True: targets are class indices, and the cross-entropy's mean divides by the sum of their
         weights. False: they are one-hot or soft, and it divides by the voxels.
     sigmoid
-        The loss is for one class, with binary cross-entropy. (For several MONAI puts a sigmoid into
-        the one part and a softmax into the other, which is refused: by its message on class
-        weights, as the logits come.) ``include_background=False``, ``to_onehot_y`` and
-        ``label_smoothing``, which MONAI ignores then, are refused.
+        The loss is for one class, with binary cross-entropy. (For several, which are refused, MONAI
+        puts a sigmoid into the one part and a softmax into the other.) Then
+        ``include_background=False``, ``to_onehot_y`` and ``label_smoothing``, which MONAI ignores,
+        are refused.
     softmax
         The loss is for several classes. One of ``sigmoid`` and ``softmax`` must be True: MONAI's
         Dice would take the logits for probabilities.

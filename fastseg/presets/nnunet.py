@@ -61,7 +61,8 @@ def nnunet_dice_ce(
         class_weights=class_weights,
     )
     dice = _nnunet_dice(batch_dice, do_bg, smooth, ddp)
-    return (weight_ce * entropy + weight_dice * dice).replace(ignore_index=ignore_label)
+    loss = number("weight_ce", weight_ce) * entropy + number("weight_dice", weight_dice) * dice
+    return loss.replace(ignore_index=ignore_label)
 
 
 def nnunet_dice_bce(
@@ -103,7 +104,8 @@ def nnunet_dice_bce(
             "use_ignore_label must be False: call the loss with targets[:, :-1] and "
             "mask=targets[:, -1:] == 0"
         )
-    return weight_ce * BCE() + weight_dice * _nnunet_dice(batch_dice, do_bg, smooth, ddp)
+    dice = _nnunet_dice(batch_dice, do_bg, smooth, ddp)
+    return number("weight_ce", weight_ce) * BCE() + number("weight_dice", weight_dice) * dice
 
 
 def _nnunet_dice(batch_dice: bool, do_bg: bool, smooth: float, ddp: bool) -> SoftDice:

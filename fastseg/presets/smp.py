@@ -159,9 +159,7 @@ def smp_tversky(
             "from_logits must be True with mode='multiclass': class indices as targets need a "
             "softmax; probabilities with one-hot targets are mode='multilabel'"
         )
-    chosen = None if classes is None else tuple(plain(classes))
-    if chosen is not None and len(set(chosen)) < len(chosen):
-        raise ValueError(f"classes must name each class once, got {classes!r}")
+    chosen = None if classes is None else _chosen(classes)
     single = mode == "binary" or (chosen is not None and len(chosen) == 1)
     if number("gamma", gamma) != 1 and (log_loss or not single):
         raise ValueError(
@@ -185,6 +183,14 @@ def smp_tversky(
     ).replace(activation=_activation(mode, from_logits), ignore_index=ignore_index)
 
 
+def _chosen(classes: Any) -> tuple[int, ...]:
+    """Return the classes that count; a class named twice would count twice in the peer's mean."""
+    given = plain(classes)
+    if not isinstance(given, list | tuple) or len(set(given)) < len(given):
+        raise ValueError(f"classes must be a sequence that names each class once, got {classes!r}")
+    return tuple(given)
+
+
 def _activation(mode: str, from_logits: bool) -> str | None:
     if not from_logits:
         return None
@@ -194,7 +200,13 @@ def _activation(mode: str, from_logits: bool) -> str | None:
 def _normalised(class_weights: Any, chosen: tuple[int, ...] | None) -> tuple[float, ...]:
     """Return class weights whose mean over the classes that count is 1."""
     weights = numbers("class_weights", class_weights)
-    counted = weights if chosen is None else [weights[c] for c in chosen]
+    try:
+        counted = weights if chosen is None else [weights[c] for c in chosen]
+    except IndexError:
+        raise ValueError(
+            f"classes must be in [0, {len(weights)}), as class_weights has {len(weights)} entries, "
+            f"got {chosen}"
+        ) from None
     if not sum(counted) > 0:
         raise ValueError(f"class_weights must not all be 0, got {class_weights!r}")
     return tuple(w * len(counted) / sum(counted) for w in weights)
