@@ -629,6 +629,8 @@ def test_form_smp_binary_refuses_several_classes():
 @pytest.mark.parametrize("mode", ["PRESENT", "ALL"])
 @pytest.mark.parametrize("options", JDT, ids=str)
 def test_form_jdt_jml_of_soft_targets_equals_peer(options, mode, norm):
+    if norm == 2:
+        options = {**options, "beta": options.get("alpha", 1.0)}
     targets = soft_of(JDT_SHAPE)
     targets[:, -1] = 0.0
     loss = presets.jdt_jml(
@@ -640,6 +642,7 @@ def test_form_jdt_jml_of_soft_targets_equals_peer(options, mode, norm):
 
 @pytest.mark.parametrize("options", JDT, ids=str)
 def test_form_jdt_jml_of_squares_equals_peer(options):
+    options = {**options, "beta": options.get("alpha", 1.0)}
     loss = presets.jdt_jml(norm=2, **options)
     check(loss, logits_of(JDT_SHAPE), indices_of(JDT_SHAPE), jdt(norm=2, **options))
 

@@ -47,7 +47,7 @@ def jdt_jml(
         With soft targets and "PRESENT" it must be 0: a class is active where any target is above 0.
         Else it has no effect.
     norm
-        1, or 2 for sums of squares: N is the sum of p q then.
+        1, or 2 for sums of squares: N is the sum of p q then, and ``alpha`` must be ``beta``.
     log_loss
         -log(score) for 1 - score.
     ignore_index
@@ -91,6 +91,8 @@ def jdt_jml(
     if number("gamma", gamma) < 1 or (log_loss and gamma != 1):
         raise ValueError(f"gamma must be at least 1, and 1 with log_loss=True, got {gamma!r}")
     choice("norm", norm, (1, 2))
+    if norm == 2 and alpha != beta:
+        raise ValueError(f"alpha must be beta with norm=2, got {alpha!r} and {beta!r}")
     form = "squared" if norm == 2 else "l1" if soft_label else "product"
     options: dict[str, Any] = {
         "alpha": alpha,

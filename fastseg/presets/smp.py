@@ -321,9 +321,9 @@ def smp_lovasz(
         raise ValueError("from_logits must be True: the hinge, and the softmax, are of logits")
     if mode == "multiclass":
         scope = "image" if per_image else "batch"
-        loss: Loss = fs.LovaszSoftmax(classes="present", scope=scope)  # type: ignore[attr-defined]
+        loss: Loss = fs.LovaszSoftmax(classes="present", scope=scope)  # type: ignore[arg-type]
         return loss.replace(ignore_index=ignore_index)
-    hinge: Loss = fs.LovaszHinge(  # type: ignore[attr-defined]
+    hinge: Loss = fs.LovaszHinge(
         scope="sample" if per_image else "batch", class_weights=ONE_CLASS
     )
     return hinge.replace(ignore_index=ignore_index, layout="NC" if mode == "binary" else "N")
