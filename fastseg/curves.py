@@ -1,4 +1,4 @@
-"""What histograms say: scores at every threshold, and bounds of binned Lovász losses."""
+"""Hard scores at every threshold, from a histogram of predictions."""
 
 from __future__ import annotations
 

@@ -315,6 +315,25 @@ class Loss:
         terms = self._evaluate(backend, sums, s.names, 1.0, by_term=True).terms
         return tuple(self._reduced(terms[k]) for k in range(len(self.parts)))
 
+    def bounds(self, s: Statistics) -> tuple[Any, Any]:
+        """Return two numbers between which the loss lies, were no Lovász term counted in bins.
+
+        For losses without such terms both are the value. A Lovász term is never below what its bins
+        give, and above it by no more than their voxels' errors can move within them. (The rounding
+        of the errors themselves, 6e-8 of each in float32, is not counted.) On the host; (N, C) each
+        for reduction "none".
+        """
+        from fastseg.bounds import excess
+        from fastseg.lovasz import LovaszTerm
+
+        value = np.asarray(self._value_of(s._fetched(), "float64"))
+        low, high = value, value
+        for weight, term in self.parts:
+            if isinstance(term, LovaszTerm) and term.histogram is not None:
+                above = weight * excess(term, s._fetched(), self.options.reduction)
+                low, high = low + np.minimum(above, 0), high + np.maximum(above, 0)
+        return low[()], high[()]
+
     # Steps
 
     @property

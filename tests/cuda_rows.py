@@ -15,8 +15,10 @@ from test_accuracy import (  # noqa: F401
     test_tversky_of_a_network_that_is_sure_and_wrong,
 )
 from test_contract import *  # noqa: F403
+from test_curves import *  # noqa: F403
 from test_exclusion import *  # noqa: F403
 from test_forms import *  # noqa: F403
+from test_lovasz import *  # noqa: F403
 from test_metrics import *  # noqa: F403
 from test_optimizers import *  # noqa: F403
 from test_softmax import *  # noqa: F403
@@ -24,8 +26,10 @@ from test_terms import test_scope_says_which_rows_are_averaged_together  # noqa:
 
 MODULES = (
     "test_contract",
+    "test_curves",
     "test_exclusion",
     "test_forms",
+    "test_lovasz",
     "test_metrics",
     "test_optimizers",
     "test_softmax",

@@ -71,10 +71,12 @@ def softmax(verb: str, real: str) -> list[str]:
     usual, every = "0", FORMS
     if held:
         usual, every = "CE | OVERLAP", f"CE | CE_UNIFORM | HARD | OVERLAP | {FORMS}"
+    counted = "CURVE | LOVASZ" if held else "LOVASZ"
     plain, any_other = f"{real}, unsigned char, unsigned", "Any, Any, unsigned long long"
     return [
         f"{verb}_softmax<Softmax<{real}, true, false, {usual}>, {held}{plain}>",
         f"{verb}_softmax<Softmax<{real}, false, true, {every}>, {held}{any_other}>",
+        f"{verb}_softmax<Softmax<{real}, true, false, {counted}>, {held}{plain}>",
     ]
 
 
@@ -117,7 +119,20 @@ GROUPS = {
         ],
         80,
     ),
-    "sum of tasks": Group("overlap.cu", ["add_tasks"], 64),
+    "statistics, histograms": Group(
+        "overlap.cu",
+        [
+            *in_place("statistics", "float", "BCE | CURVE | LOVASZ | OVERLAP"),
+            *anywhere("statistics", "CURVE | HARD | LOVASZ"),
+        ],
+        128,
+    ),
+    "gradient, histograms": Group(
+        "overlap.cu",
+        [*in_place("gradient", "float", "LOVASZ"), *anywhere("gradient", f"LOVASZ | {FORMS}")],
+        96,
+    ),
+    "sum of tasks": Group("overlap.cu", ["add_tasks", "widen_counts"], 64),
     "evaluation": Group("evaluation.cu", ["evaluate"], 176),
     "gradient in place": Group("overlap.cu", in_place("gradient", "float", "0"), 40),
     "gradient in place, other targets": Group(

@@ -323,7 +323,5 @@ def smp_lovasz(
         scope = "image" if per_image else "batch"
         loss: Loss = fs.LovaszSoftmax(classes="present", scope=scope)  # type: ignore[arg-type]
         return loss.replace(ignore_index=ignore_index)
-    hinge: Loss = fs.LovaszHinge(
-        scope="sample" if per_image else "batch", class_weights=ONE_CLASS
-    )
+    hinge: Loss = fs.LovaszHinge(scope="sample" if per_image else "batch", class_weights=ONE_CLASS)
     return hinge.replace(ignore_index=ignore_index, layout="NC" if mode == "binary" else "N")

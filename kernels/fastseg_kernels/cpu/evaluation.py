@@ -136,7 +136,7 @@ def add_region(term, sums, columns, class_weights, reduction, scale, values, coe
         for c in range(classes):
             _collect_region(term, sums, columns, n, c, batch, row)
             value, _, _, keep = region(term, row)
-            if keep and of_bins:
+            if keep and of_bins and not is_empty(term, row):
                 value = lovasz(term, sums, n, c, batch, row[P], 0.0, coefficients[n, c])
             if keep and class_weights[c] == class_weights[c]:  # NaN: the class is left out
                 kept += 1
@@ -159,8 +159,10 @@ def add_region(term, sums, columns, class_weights, reduction, scale, values, coe
                 factor = term[WEIGHT] * share * scale[n, c] * class_weights[c]
                 if in_lines:
                     factor /= _kept_in_line(term, sums, columns, class_weights, n, c)
-                if of_bins:
+                if of_bins and not is_empty(term, row):
                     lovasz(term, sums, n, c, batch, row[P], factor, coefficients[n, c])
+                elif of_bins:
+                    pass
                 elif term[FORM] == L1:
                     coefficients[n, c, 4] -= factor * slope_f
                     coefficients[n, c, 5] += factor * slope_g

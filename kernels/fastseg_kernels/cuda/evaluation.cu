@@ -16,6 +16,7 @@ struct Table {
 
 struct Shape {
   long long terms, samples, classes, columns, reduction;
+  long long coefficients;  // of a row
 };
 
 // What a row's coefficients are multiplied by: a number, or numbers of the device.
@@ -112,7 +113,16 @@ struct Work {
     }
   }
 
-  // As above, with I, F and G of the term's form.
+  // A column of a row, or of the rows of all samples.
+  __device__ double counted(long long n, long long c, bool batch, long long column) const {
+    const long long first = batch ? 0 : n, last = batch ? shape.samples : n + 1;
+    double total = 0.0;
+    for (long long sample = first; sample < last; ++sample)
+      total += sums[(sample * shape.classes + c) * shape.columns + column];
+    return total;
+  }
+
+  // As `collect`, with I, F and G of the term's form.
   __device__ void collect_region(const double* term, long long n, long long c, bool batch,
                                  double* row) const {
     collect(n, c, batch, row);
@@ -125,11 +135,15 @@ struct Work {
       row[SUM_FALSE_NEGATIVE_SUM] = 0.0;
       row[SUM_FALSE_POSITIVE_SUM] = row[SUM_SQUARED_ERROR_SUM];
     }
+    if (term[TERM_KIND] == KIND_LOVASZ) {  // NaN if a prediction is
+      const double undefined = counted(n, c, batch, (long long)term[TERM_HISTOGRAM]);
+      row[SUM_FALSE_POSITIVE_SUM] = undefined > 0.0 ? __longlong_as_double(0x7ff8000000000000LL) : 0.0;
+    }
   }
 
   // Adds to a row's coefficients `at` and `at` + 1.
   __device__ void add(long long n, long long c, int at, double first, double second) const {
-    double* row = coefficients + (n * shape.classes + c) * COEFFICIENTS + at;
+    double* row = coefficients + (n * shape.classes + c) * shape.coefficients + at;
     row[0] += first;
     row[1] += second;
   }
@@ -196,6 +210,98 @@ __device__ double add_region(const Work& w, const double* term, const double* we
     }
   }
   return total * share;
+}
+
+// The Lovasz extension of a row's histogram, in every thread; adds `factor` dL/de to the coefficients
+// of samples first to last. All threads come here together, and each takes bins that lie side by
+// side. scan: twice as many doubles as threads.
+__device__ double lovasz(const Work& w, const double* term, long long n, long long c, bool batch,
+                         double P, double factor, double* scan) {
+  const long long at = (long long)term[TERM_HISTOGRAM], bins = (long long)term[TERM_BINS];
+  const long long per_octave = bins / OCTAVES, lowest = (long long)term[TERM_LOWEST];
+  const long long share = (bins + THREADS - 1) / THREADS;
+  const long long top = bins - 1 - threadIdx.x * share;  // and down from there
+  double f = 0.0, b = 0.0;
+  for (long long k = top; k > top - share && k >= 0; --k) {
+    f += w.counted(n, c, batch, at + 1 + k);
+    b += w.counted(n, c, batch, at + 1 + bins + k);
+  }
+  __syncthreads();  // what was there may still be read
+  scan[threadIdx.x] = f;
+  scan[THREADS + threadIdx.x] = b;
+  __syncthreads();
+  f = b = 0.0;
+  for (int before = 0; before < int(threadIdx.x); ++before) {
+    f += scan[before];
+    b += scan[THREADS + before];
+  }
+  double value = 0.0, inside = P - f, united = P + b;
+  const long long first = batch ? 0 : n, last = batch ? w.shape.samples : n + 1;
+  for (long long k = top; k > top - share && k >= 0; --k) {
+    const double n1 = w.counted(n, c, batch, at + 1 + k);
+    const double n0 = w.counted(n, c, batch, at + 1 + bins + k);
+    double of_foreground = 1.0, of_background = 1.0 / (n0 > 1.0 ? n0 : 1.0);
+    if (united > 0.0) {
+      of_foreground = 0.5 / united + 0.5 / (united + n0);
+      of_background = 0.5 * (inside + (inside - n1)) / united / (united + n0);
+    }
+    if (n1 + n0 > 0.0) {
+      const double octave = ldexp(1.0, int(lowest + k / per_octave));
+      const double edge = k > 0 ? octave * (1.0 + double(k % per_octave) / double(per_octave)) : 0.0;
+      const double unit = ldexp(octave, -FRACTION_BITS);
+      value += of_foreground * (n1 * edge + unit * w.counted(n, c, batch, at + 1 + 2 * bins + k));
+      value += of_background * (n0 * edge + unit * w.counted(n, c, batch, at + 1 + 3 * bins + k));
+    }
+    if (factor != 0.0) {
+      for (long long sample = first; sample < last; ++sample) {
+        const double scaled = factor * w.scale.of(sample, c);
+        double* slopes = w.coefficients + (sample * w.shape.classes + c) * w.shape.coefficients;
+        slopes[COEFFICIENTS + k] += scaled * of_foreground;
+        slopes[COEFFICIENTS + bins + k] += scaled * of_background;
+      }
+    }
+    inside -= n1;
+    united += n0;
+  }
+  return sum_for_all(value, w.buffer);
+}
+
+// As add_region, row by row.
+__device__ double add_lovasz(const Work& w, const double* term, const double* weights,
+                             double* values, double* scan) {
+  const bool batch = term[TERM_SCOPE] == SCOPE_BATCH, image = term[TERM_SCOPE] == SCOPE_IMAGE;
+  const bool mean = w.shape.reduction == REDUCTION_MEAN;
+  const bool in_lines = mean && (image || term[TERM_SCOPE] == SCOPE_CLASS);
+  const long long classes = w.shape.classes, samples = w.shape.samples;
+  const long long groups = !batch ? samples * classes : samples > 0 ? classes : 0;
+  double row[SUM_NUMBER], total = 0.0, kept = 0.0;
+  if (in_lines) {
+    for (long long k = threadIdx.x; k < (image ? samples : classes); k += THREADS)
+      kept += kept_in_line(w, term, weights, k, k) > 0.0;
+  } else {
+    for (long long g = threadIdx.x; g < groups; g += THREADS) {
+      w.collect_region(term, g / classes, g % classes, batch, row);
+      kept += is_kept(term, row) && weights[g % classes] == weights[g % classes];
+    }
+  }
+  kept = sum_for_all(kept, w.buffer);
+  const double share = !mean ? 1.0 : kept > 0.0 ? 1.0 / kept : 0.0;
+  for (long long g = 0; g < groups; ++g) {
+    const long long n = g / classes, c = g % classes;
+    w.collect_region(term, n, c, batch, row);
+    if (!is_kept(term, row) || weights[c] != weights[c]) continue;
+    double part = share * weights[c];
+    if (in_lines) part /= kept_in_line(w, term, weights, n, c);
+    const bool constant = is_empty(term, row);  // the rule's score, whatever the errors are
+    const double factor = constant ? 0.0 : term[TERM_WEIGHT] * part;
+    double value = lovasz(w, term, n, c, batch, row[SUM_TARGETS_SUM], factor, scan);
+    const double undefined = row[SUM_FALSE_POSITIVE_SUM];
+    if (undefined != undefined) value = undefined;
+    if (constant) value = term[TERM_EMPTY] == EMPTY_ONE ? 0.0 : 1.0;
+    total += part * value;
+    if (w.shape.reduction == REDUCTION_NONE && threadIdx.x == 0) values[g] += part * value;
+  }
+  return total;
 }
 
 __device__ double add_bce(const Work& w, const double* term, const double* weights,
@@ -284,23 +390,24 @@ __device__ double add_ce(const Work& w, const double* term, const double* weight
 }
 
 __device__ __forceinline__ bool known(double kind) {
-  return kind == KIND_BCE || kind == KIND_REGION || kind == KIND_CROSS_ENTROPY;
+  const bool of_sums = kind == KIND_BCE || kind == KIND_REGION || kind == KIND_CROSS_ENTROPY;
+  return of_sums || kind == KIND_LOVASZ;
 }
 
 // table: by value, or in `more` if there are more than NUMBERS numbers. sums: (samples, classes,
 // columns). factor, factors (with type and strides): the gradient's scale. value: one, or (samples,
 // classes) for reduction "none", float if `single`, else double; by_term: as many doubles for each
-// term, or null unless the reduction is "none"; coefficients: (samples, classes, COEFFICIENTS).
+// term, or null unless the reduction is "none"; coefficients: (samples, classes, width).
 // grid: 1.
 __global__ void __launch_bounds__(THREADS, 1)
 evaluate(const __grid_constant__ Table table, const double* more, const double* sums,
          double factor, const char* factors, long long code, long long stride_n,
          long long stride_c, long long terms, long long samples, long long classes,
          long long columns, long long reduction, bool single, void* value, double* by_term,
-         double* coefficients) {
-  __shared__ double buffer[WARPS];
+         double* coefficients, long long width) {
+  __shared__ double buffer[WARPS], scan[2 * THREADS];
   const Scale scale = {factor, factors, code, stride_n, stride_c};
-  const Shape shape = {terms, samples, classes, columns, reduction};
+  const Shape shape = {terms, samples, classes, columns, reduction, width};
   const double* numbers = more == nullptr ? table.numbers : more;
   const long long rows = samples * classes, values = reduction == REDUCTION_NONE ? rows : 1;
   double invalid = 0.0;
@@ -311,7 +418,7 @@ evaluate(const __grid_constant__ Table table, const double* more, const double* 
     if (!known(numbers[k * TERM_FIELDS + TERM_KIND])) invalid = 1.0;
   invalid = sum_for_all(invalid, buffer);
   const double start = invalid > 0.0 ? __longlong_as_double(0x7ff8000000000000LL) : 0.0;
-  for (long long i = threadIdx.x; i < rows * COEFFICIENTS; i += THREADS) coefficients[i] = start;
+  for (long long i = threadIdx.x; i < rows * width; i += THREADS) coefficients[i] = start;
   if (by_term != nullptr)
     for (long long i = threadIdx.x; i < values * terms; i += THREADS) by_term[i] = start;
   __syncthreads();
@@ -325,6 +432,7 @@ evaluate(const __grid_constant__ Table table, const double* more, const double* 
     if (term[TERM_KIND] == KIND_BCE) total = add_bce(work, term, weights, results);
     if (term[TERM_KIND] == KIND_CROSS_ENTROPY) total = add_ce(work, term, weights, results);
     if (term[TERM_KIND] == KIND_REGION) total = add_region(work, term, weights, results);
+    if (term[TERM_KIND] == KIND_LOVASZ) total = add_lovasz(work, term, weights, results, scan);
     sum += term[TERM_WEIGHT] * total;
     if (reduction != REDUCTION_NONE && by_term != nullptr && threadIdx.x == 0)
       results[0] = total + start;

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastseg_kernels.constants import COEFFICIENTS, DTYPE_CODES, PICKED, REDUCTIONS
+from fastseg_kernels.constants import COEFFICIENTS, DTYPE_CODES, PICKED, REDUCTIONS, TERM_FIELDS
 from fastseg_kernels.cuda.modules import TABLE_NUMBERS
 from fastseg_kernels.cuda.runtime import Device
 from fastseg_kernels.problem import Evaluation
@@ -25,6 +25,7 @@ class Table(NamedTuple):
     more: NDArray[np.float64] | None
     terms: int
     reduction: int
+    coefficients: int  # of a row
 
 
 def prepare(
@@ -37,11 +38,12 @@ def prepare(
     """Make a table of terms; as `fastseg_kernels.cpu.evaluation.prepare`."""
     record: Any = np.zeros(1, TABLE)
     record["columns"] = columns
+    width = COEFFICIENTS + 2 * int(terms[:, TERM_FIELDS.index("bins")].max(initial=0))
     numbers = np.concatenate([terms.reshape(-1), class_weights.reshape(-1)])
     if numbers.size > TABLE_NUMBERS:
-        return Table(record, numbers, len(terms), reduction)
+        return Table(record, numbers, len(terms), reduction, width)
     record["numbers"][0, : numbers.size] = numbers
-    return Table(record, None, len(terms), reduction)
+    return Table(record, None, len(terms), reduction, width)
 
 
 def _scale(
@@ -79,7 +81,7 @@ def evaluate(
     if table.more is not None:
         more = device.upload(table.more)
     value, terms = device.empty(rows, dtype), None
-    coefficients = device.empty((samples, classes, COEFFICIENTS))
+    coefficients = device.empty((samples, classes, table.coefficients))
     if by_term or table.reduction == NONE:
         terms = device.empty((table.terms, *rows))
     factor, owner = _scale(device, scale)
@@ -87,7 +89,7 @@ def evaluate(
         FILE, "evaluate", 1, table.record, 0 if more is None else address(more), address(sums),
         *factor, table.terms, samples, classes, width, table.reduction,
         dtype == "float32", address(value), 0 if terms is None else address(terms),
-        address(coefficients),
+        address(coefficients), table.coefficients,
     )  # fmt: skip
     del owner, more  # until the launch is in its place on the stream
     return Evaluation(value, terms, coefficients)

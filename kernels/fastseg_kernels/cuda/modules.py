@@ -33,6 +33,9 @@ SOFTMAX_CLASSES = 256
 LABEL_CLASSES = 2048
 """Classes whose counts fit the shared memory that every GPU has, three numbers of 4 bytes each."""
 
+HISTOGRAM_FLAGS = {"logit": "CURVE", "prob": "CURVE", "hinge": "LOVASZ", "errors": "LOVASZ"}
+"""What the first words of histograms' families are in C++."""
+
 _INCLUDE = re.compile(r'#include "(\w+\.cuh)"\n')
 _FOLDER = Path(__file__).parent
 
@@ -57,6 +60,9 @@ def shared_constants() -> str:
             f"constexpr int TARGETS_NONZERO = {constants.TARGETS_NONZERO};\n",
             f"constexpr int TARGETS_EQUAL = {constants.TARGETS_EQUAL};\n",
             f"constexpr int COEFFICIENTS = {constants.COEFFICIENTS};\n",
+            f"constexpr int CURVE_BINS = {constants.CURVE_BINS};\n",
+            f"constexpr int OCTAVES = {constants.OCTAVES};\n",
+            f"constexpr int FRACTION_BITS = {constants.FRACTION_BITS};\n",
             _enum("CODE", constants.DTYPE_CODES),
             _enum("TERM", (*constants.TERM_FIELDS, "fields")),
             _enum("KIND", constants.KINDS),
@@ -73,7 +79,8 @@ def shared_constants() -> str:
 
 def flags(families: frozenset[str]) -> str:
     """Return the C++ template argument that stands for families."""
-    return " | ".join(sorted(family.upper() for family in families)) or "0"
+    names = {HISTOGRAM_FLAGS.get(family.split("_")[0], family.upper()) for family in families}
+    return " | ".join(sorted(names)) or "0"
 
 
 @cache

@@ -4,6 +4,7 @@
 // tasks in turns and writes the sums of each to a place of its own, and a second kernel adds up the
 // tasks of a row by their number. Which thread adds which voxel is fixed too. So the bits depend on
 // neither the size of the grid nor the order in which blocks come.
+#include "histograms.cuh"
 #include "operands.cuh"
 #include "reduction.cuh"
 
@@ -172,7 +173,8 @@ __device__ __forceinline__ bool add_whole(Totals<V>& totals, const E* x, const u
 // sums: (samples, classes, row_tasks, columns)
 template <typename V, typename E, typename P>
 __global__ void __launch_bounds__(THREADS, sizeof(P) == 1 ? V::resident : 1)
-statistics_in_place(const __grid_constant__ Job job, double* __restrict__ sums) {
+statistics_in_place(const __grid_constant__ Job job, double* __restrict__ sums,
+                    const __grid_constant__ Counting counting) {
   typedef typename V::Real T;
   const T threshold = T(job.threshold);
   for (unsigned number = blockIdx.x; number < job.tasks; number += gridDim.x) {
@@ -183,6 +185,15 @@ statistics_in_place(const __grid_constant__ Job job, double* __restrict__ sums) 
     Totals<V> totals;
     for (long long start = run.first; start < run.end; start += THREADS * GROUP) {
       const long long mine = start + 4 * threadIdx.x;
+      if (V::curve || V::lovasz) {
+        unsigned long long* counts = counting.counts + run.row * counting.columns;
+        for (int k = 0; k < GROUP; ++k) {
+          const long long i = mine + k / 4 * (4 * THREADS) + k % 4;
+          if (i >= run.end) continue;
+          const Voxel<T> v = plain_voxel<T>(x[i], p[i]);
+          count_voxel<V>(counting, counts, v.x, V::lovasz ? v.p != T(0) : v.p >= T(0.5));
+        }
+      }
       if (aligned && start + THREADS * GROUP <= run.end && add_whole(totals, x + mine, p + mine, threshold))
         continue;
       Sums<T> s;
@@ -202,7 +213,8 @@ statistics_in_place(const __grid_constant__ Job job, double* __restrict__ sums) 
 // As above, for every other array. I: counts the voxels of a row.
 template <typename V, typename I>
 __global__ void __launch_bounds__(THREADS, 1)
-statistics_anywhere(const __grid_constant__ Job job, double* __restrict__ sums) {
+statistics_anywhere(const __grid_constant__ Job job, double* __restrict__ sums,
+                    const __grid_constant__ Counting counting) {
   typedef typename V::Real T;
   const T threshold = T(job.threshold);
   for (unsigned number = blockIdx.x; number < job.tasks; number += gridDim.x) {
@@ -218,7 +230,12 @@ statistics_anywhere(const __grid_constant__ Job job, double* __restrict__ sums) 
         if (i >= run.end) continue;
         const Voxel<T> v = read_voxel<V>(job, row.voxel(job, I(i)));
         ++voxels;
-        if (!v.left_out) add<V>(s, v, threshold);
+        if (v.left_out) continue;
+        add<V>(s, v, threshold);
+        if (V::curve || V::lovasz) {
+          unsigned long long* counts = counting.counts + run.row * counting.columns;
+          count_voxel<V>(counting, counts, v.x, V::lovasz ? v.p != T(0) : v.p >= T(0.5));
+        }
       }
       totals.widen(s, voxels);
     }
@@ -226,11 +243,11 @@ statistics_anywhere(const __grid_constant__ Job job, double* __restrict__ sums) 
   }
 }
 
-// Adds up the tasks of every row, each thread those of its numbers. grid: samples * classes; block:
-// THREADS.
+// Adds up the tasks of every row, each thread those of its numbers, into the first columns of `width`.
+// grid: samples * classes; block: THREADS.
 __global__ void __launch_bounds__(THREADS)
 add_tasks(const double* __restrict__ sums, long long row_tasks, int columns,
-          double* __restrict__ total) {
+          double* __restrict__ total, long long width) {
   __shared__ double buffer[WARPS];
   const double* of_row = sums + blockIdx.x * row_tasks * columns;
   for (int k = 0; k < columns; ++k) {
@@ -238,19 +255,45 @@ add_tasks(const double* __restrict__ sums, long long row_tasks, int columns,
     for (long long task = threadIdx.x; task < row_tasks; task += THREADS)
       sum += of_row[task * columns + k];
     sum = block_sum(sum, buffer);
-    if (threadIdx.x == 0) total[blockIdx.x * (long long)columns + k] = sum;
+    if (threadIdx.x == 0) total[blockIdx.x * width + k] = sum;
   }
 }
 
+// Writes the counts of every row to its last columns. grid: samples * classes; block: THREADS.
+__global__ void __launch_bounds__(THREADS)
+widen_counts(const unsigned long long* __restrict__ counts, long long columns,
+             double* __restrict__ total, long long width) {
+  const unsigned long long* of_row = counts + blockIdx.x * columns;
+  double* out = total + blockIdx.x * width + (width - columns);
+  for (long long k = threadIdx.x; k < columns; k += THREADS) out[k] = double(of_row[k]);
+}
+
+// Where the coefficients of a row begin; those of its bins follow.
+template <typename V>
+__device__ __forceinline__ const double* of_row(const double* coefficients, long long row,
+                                                const Counting& counting) {
+  return coefficients + row * (COEFFICIENTS + (V::lovasz ? 2 * counting.bins : 0));
+}
+
 template <typename V, typename T = typename V::Real>
-__device__ __forceinline__ void read_coefficients(const double* coefficients, long long row, T* k) {
-  const double* exact = coefficients + row * COEFFICIENTS;
+__device__ __forceinline__ void read_coefficients(const double* exact, T* k) {
 #pragma unroll
   for (int j = 0; j < COEFFICIENTS; ++j) k[j] = T(exact[j]);
   if (V::folded) {
     k[0] = T(exact[0] + exact[4]);
     k[1] = T(exact[1] + exact[5]);
   }
+}
+
+// dL/dx of a voxel. exact: the coefficients of its row; k: those that are no bins'.
+template <typename V, bool QUICK, typename T = typename V::Real>
+__device__ __forceinline__ T gradient_of(Voxel<T> v, const T* k, const double* exact,
+                                         const Counting& counting) {
+  const T value = slope<V, QUICK>(v, k);
+  if (!V::lovasz) return value;
+  const bool positive = v.p != T(0);
+  const T of_error = slope_of_error(counting, exact + COEFFICIENTS, hinge_error(v.x, positive), positive);
+  return value + (positive ? -of_error : of_error);
 }
 
 // The task of a turn of the second pass, which runs backwards: what the first pass read last is still
@@ -263,7 +306,8 @@ __device__ __forceinline__ unsigned from_the_end(const Job& job, unsigned turn) 
 // the logits do, or is the logits: no address is read once it was written.
 template <typename V, typename E, typename P>
 __global__ void __launch_bounds__(THREADS)
-gradient_in_place(const __grid_constant__ Job job, const double* __restrict__ coefficients) {
+gradient_in_place(const __grid_constant__ Job job, const double* __restrict__ coefficients,
+                  const __grid_constant__ Counting counting) {
   typedef typename V::Real T;
   constexpr bool QUICK = sizeof(E) == 2;
   for (unsigned turn = blockIdx.x; turn < job.tasks; turn += gridDim.x) {
@@ -273,7 +317,8 @@ gradient_in_place(const __grid_constant__ Job job, const double* __restrict__ co
     E* out = reinterpret_cast<E*>(const_cast<char*>(run.row_of(job.out)));
     const bool aligned = is_aligned(x) && is_aligned(p) && is_aligned(out);
     T k[COEFFICIENTS];
-    read_coefficients<V>(coefficients, run.row, k);
+    const double* exact = of_row<V>(coefficients, run.row, counting);
+    read_coefficients<V>(exact, k);
     for (long long i = run.first + 4 * threadIdx.x; i < run.end; i += 4 * THREADS) {
       if (aligned && i + 4 <= run.end) {
         const Four<E> xs = read_four(x + i);
@@ -281,11 +326,12 @@ gradient_in_place(const __grid_constant__ Job job, const double* __restrict__ co
         Four<E> gs;
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-          narrow(slope<V, QUICK>(plain_voxel<T>(xs.element[j], ps.element[j]), k), gs.element[j]);
+          narrow(gradient_of<V, QUICK>(plain_voxel<T>(xs.element[j], ps.element[j]), k, exact, counting),
+                 gs.element[j]);
         write_four(out + i, gs);
       } else {
         for (long long j = i; j < i + 4 && j < run.end; ++j)
-          narrow(slope<V, QUICK>(plain_voxel<T>(x[j], p[j]), k), out[j]);
+          narrow(gradient_of<V, QUICK>(plain_voxel<T>(x[j], p[j]), k, exact, counting), out[j]);
       }
     }
   }
@@ -293,18 +339,20 @@ gradient_in_place(const __grid_constant__ Job job, const double* __restrict__ co
 
 template <typename V, typename I>
 __global__ void __launch_bounds__(THREADS, 1)
-gradient_anywhere(const __grid_constant__ Job job, const double* __restrict__ coefficients) {
+gradient_anywhere(const __grid_constant__ Job job, const double* __restrict__ coefficients,
+                  const __grid_constant__ Counting counting) {
   typedef typename V::Real T;
   for (unsigned turn = blockIdx.x; turn < job.tasks; turn += gridDim.x) {
     const Run run(job, from_the_end(job, turn));
     const Place row(job, run.n, run.c);
     T k[COEFFICIENTS];
-    read_coefficients<V>(coefficients, run.row, k);
+    const double* exact = of_row<V>(coefficients, run.row, counting);
+    read_coefficients<V>(exact, k);
     for (long long i = run.first + threadIdx.x; i < run.end; i += THREADS) {
       const Place at = row.voxel(job, I(i));
       const Voxel<T> v = read_voxel<V>(job, at);
       // Exactly 0 where the voxel is left out, also where a coefficient is not finite.
-      const T g = v.left_out ? T(0) : slope<V, false>(v, k);
+      const T g = v.left_out ? T(0) : gradient_of<V, false>(v, k, exact, counting);
       write_real(job.out.address + at.out, job.out.code, g);
     }
   }

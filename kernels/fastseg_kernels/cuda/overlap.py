@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseg_kernels.constants import FLOAT_DTYPES, SLOPE_FAMILIES, TARGETS_AS_STORED, columns
+from fastseg_kernels.constants import FLOAT_DTYPES, TARGETS_AS_STORED, columns, slope_families
 from fastseg_kernels.cuda import softmax
+from fastseg_kernels.cuda.histograms import add_up, counting, make_counts
 from fastseg_kernels.cuda.job import OPERANDS, Jobs, counter, is_run, make_job
 from fastseg_kernels.cuda.modules import TYPES, flags
 from fastseg_kernels.cuda.runtime import Device
@@ -82,7 +83,7 @@ def _name(plan: _Plan, verb: str, families: frozenset[str]) -> str:
     """Return the name of the kernel of a verb for a loss that is made of ``families``."""
     name = plan.names.get((verb, families))
     if name is None:
-        sums = flags(families if verb == "statistics" else families & SLOPE_FAMILIES)
+        sums = flags(families if verb == "statistics" else slope_families(families))
         name = f"{verb}_{plan.way}<Variant<{plan.variant}, {sums}>, {plan.argument}>"
         plan.names[verb, families] = name
     return name
@@ -97,17 +98,14 @@ def statistics(device: Device, problem: Problem, families: frozenset[str]) -> An
         return softmax.statistics(device, problem, families)
     plan = _plan(problem.arrangement, None)
     samples, classes = problem.shape[:2]
-    width = len(columns(families))
     if plan.tasks == 0:
-        return device.zeros((samples, classes, width), "float64")
-    sums = device.empty((plan.tasks, width))
-    total = device.empty((samples, classes, width))
-    of_tasks, of_rows = device.memory.address(sums), device.memory.address(total)
+        return device.zeros((samples, classes, len(columns(families))), "float64")
+    sums = device.empty((plan.tasks, len(columns(families, counts=False))))
+    counts, record = make_counts(device, families, (samples, classes))
     name, grid = _name(plan, "statistics", families), device.grid(plan.tasks)
-    plan.jobs.launch(device, FILE, name, grid, problem.addresses, of_tasks)
-    rows = samples * classes
-    device.launch(FILE, "add_tasks", rows, of_tasks, plan.row_tasks, np.int32(width), of_rows)
-    return total
+    of_tasks = device.memory.address(sums)
+    plan.jobs.launch(device, FILE, name, grid, problem.addresses, of_tasks, record)
+    return add_up(device, sums, plan.row_tasks, families, counts, (samples, classes))
 
 
 def gradient(
@@ -119,8 +117,8 @@ def gradient(
 ) -> None:
     """Write dL/dlogits (or dL/dprobs) to ``out`` from the coefficients of every row.
 
-    ``coefficients`` are (N, C, COEFFICIENTS), of a loss that is made of ``families``. One read of
-    every operand and one write; ``out`` may be the logits themselves.
+    ``coefficients`` are as `evaluation.evaluate` makes them for a loss that is made of
+    ``families``. One read of every operand and one write; ``out`` may be the logits themselves.
     """
     if problem.arrangement.activation == "softmax":
         softmax.gradient(device, problem, coefficients, out, families)
@@ -131,4 +129,4 @@ def gradient(
     grid, of_rows = device.grid(plan.tasks), device.memory.address(coefficients)
     addresses = (*problem.addresses, out.address)
     name = _name(plan, "gradient", families)
-    plan.jobs.launch(device, FILE, name, grid, addresses, of_rows)
+    plan.jobs.launch(device, FILE, name, grid, addresses, of_rows, counting(families))

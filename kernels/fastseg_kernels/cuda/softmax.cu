@@ -5,6 +5,7 @@
 // memory once, and from the cache when it comes again. What a warp's voxels add to the sums of a
 // class is added up by the warp, in one order, and written to a place of the warp's own: add_tasks
 // adds up those places by their number.
+#include "histograms.cuh"
 #include "operands.cuh"
 #include "reduction.cuh"
 
@@ -15,7 +16,8 @@ struct Softmax {
   static constexpr bool overlap = FAMILIES & OVERLAP, hard = FAMILIES & HARD;
   static constexpr bool l1 = FAMILIES & OVERLAP_L1, squared = FAMILIES & OVERLAP_SQUARED;
   static constexpr bool folded = l1 && INDEXED;  // as in points.cuh
-  static constexpr bool bends = squared || (l1 && !INDEXED);  // dL/dq depends on q
+  static constexpr bool curve = FAMILIES & CURVE, lovasz = FAMILIES & LOVASZ;
+  static constexpr bool bends = squared || lovasz || (l1 && !INDEXED);  // dL/dq depends on q
   static constexpr bool ce = FAMILIES & CE, uniform = FAMILIES & CE_UNIFORM;
   static constexpr bool logs = ce || uniform;
   // Columns of the statistics, in the order of constants.columns.
@@ -173,7 +175,8 @@ __device__ __forceinline__ N warp_sum(N value) {
 // sample.
 template <typename V, int HELD, typename E, typename P, typename I>
 __global__ void __launch_bounds__(THREADS, 1)
-statistics_softmax(const __grid_constant__ Job job, double* __restrict__ sums) {
+statistics_softmax(const __grid_constant__ Job job, double* __restrict__ sums,
+                   const __grid_constant__ Counting counting) {
   typedef typename V::Real T;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const long long step = job.row_tasks * WARPS * V::columns;
@@ -196,7 +199,7 @@ statistics_softmax(const __grid_constant__ Job job, double* __restrict__ sums) {
         invalid += is_wrong;
         voxels += v[k].inside;
         count += v[k].kept || is_wrong;
-        if (V::hard) undefined += judge<V, E>(job, v[k], predicted[k], labels[k]);
+        if (V::hard || V::curve) undefined += judge<V, E>(job, v[k], predicted[k], labels[k]);
       }
       // In each of these walks a thread has the loads of all its voxels under way at once.
       for (long long c = 0; c < job.classes; ++c) {
@@ -265,16 +268,27 @@ statistics_softmax(const __grid_constant__ Job job, double* __restrict__ sums) {
             if (V::ce) s.ce += is_target ? nll[k] : T(0);
           } else {
             const T p = share_of<V>(job, v[k], c);
-            s.invalid += v[k].kept && !(p >= T(0) && p <= T(1));
+            const bool valid = V::lovasz ? p == T(0) || p == T(1) : p >= T(0) && p <= T(1);
+            s.invalid += v[k].kept && !valid;
             s.target += v[k].weight * p;
             s.inner += p * q;
             s.missed += p * ((v[k].left + (v[k].largest - e)) * v[k].scaled);
             s.false_alarm += (T(1) - p) * q;
-            if (V::bends) {
+            if (V::squared || V::l1) {
               const T sum = v[k].left + v[k].largest, right = v[k].left + (v[k].largest - e);
               add_bent<V>(s, p, e / sum, (p * right - (T(1) - p) * e) / sum, v[k].weight);
             }
             if (V::ce) s.ce += p != T(0) ? p * its_nll : T(0);
+          }
+          if ((V::curve || V::lovasz) && v[k].kept) {
+            const T sum = v[k].left + v[k].largest;
+            unsigned long long* row = counting.counts + (n * job.classes + c) * counting.columns;
+            if (V::curve) count_prediction(row, e / sum, false, labels[k] == c);
+            if (V::lovasz) {
+              const bool is_target = V::indexed ? v[k].target == c : share_of<V>(job, v[k], c) != T(0);
+              const T right = v[k].left + (v[k].largest - e);
+              count_error(counting, row, (is_target ? right : e) / sum, is_target);
+            }
           }
           if (V::uniform) s.uniform += its_nll;
           if (V::hard) {
@@ -338,20 +352,28 @@ struct Pulls {
 
 // h_c = dL/dq_c; q and rest = 1 - q are used where it depends on them.
 template <typename V, typename T>
-__device__ __forceinline__ T slope_of(const Pulls<T>& k, T p, T q, T rest) {
+__device__ __forceinline__ T slope_of(const Pulls<T>& k, const double* table,
+                                      const Counting& counting, T p, T q, T rest) {
   const T linear = k.on * p + k.off * (T(1) - p);
   if (!V::bends) return linear;
   const T of_form[COEFFICIENTS] = {0, 0, 0, 0, k.below, k.above, k.square};
-  return linear + bent<V>(p * rest - (T(1) - p) * q, of_form);
+  const T value = linear + bent<V>(p * rest - (T(1) - p) * q, of_form);
+  if (!V::lovasz) return value;
+  const bool positive = p != T(0);
+  const T of_error = slope_of_error(counting, table, positive ? rest : q, positive);
+  return value + (positive ? -of_error : of_error);
 }
 
 // grid: at most the tasks; block: THREADS. coefficients: (samples, classes, COEFFICIENTS). The output may be the
 // logits: a thread reads all of a voxel's before it writes one.
 template <typename V, typename E, typename P, typename I>
 __global__ void __launch_bounds__(THREADS, 2)
-gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coefficients) {
+gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coefficients,
+                 const __grid_constant__ Counting counting) {
   typedef typename V::Real T;
   __shared__ Pulls<T> pulls[SOFTMAX_CLASSES];
+  const long long width = COEFFICIENTS + (V::lovasz ? 2 * counting.bins : 0);
+  const double* exact = coefficients;  // of the sample
   unsigned of_sample = 0xffffffffu;
   for (unsigned turn = blockIdx.x; turn < job.tasks; turn += gridDim.x) {
     const unsigned number = unsigned(job.tasks) - 1 - turn, in_row = unsigned(job.row_tasks);
@@ -360,11 +382,11 @@ gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coe
     const long long end = first + job.task_voxels < job.voxels ? first + job.task_voxels : job.voxels;
     if (n != of_sample) {
       __syncthreads();  // those of the sample before may still be read
-      const double* exact = coefficients + n * job.classes * COEFFICIENTS;
+      exact = coefficients + n * job.classes * width;
       double of_all = 0.0;
-      for (long long c = 0; c < job.classes; ++c) of_all += exact[c * COEFFICIENTS + 3];
+      for (long long c = 0; c < job.classes; ++c) of_all += exact[c * width + 3];
       for (long long c = threadIdx.x; c < job.classes; c += THREADS) {
-        const double* k = exact + c * COEFFICIENTS;
+        const double* k = exact + c * width;
         const double on = V::folded ? k[0] + k[4] : k[0], off = V::folded ? k[1] + k[5] : k[1];
         pulls[c] = {T(on), T(off), T(k[2]), T(k[3]), T(of_all - k[3]), T(k[4]), T(k[5]), T(k[6])};
       }
@@ -372,6 +394,7 @@ gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coe
       of_sample = n;
     }
     const Place sample(job, n, 0);
+    const auto table_of = [&](long long c) { return exact + c * width + COEFFICIENTS; };
     for (long long i = first + threadIdx.x; i < end; i += THREADS) {
       Held<T> v;
       find<V, E, P, I>(job, sample, i, end, v);
@@ -390,7 +413,7 @@ gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coe
       }
       refer(v);
       const T share_of_top = V::indexed ? T(v.target == top_class) : share_of<V>(job, v, top_class);
-      T h_top = V::bends ? T(0) : slope_of<V>(pulls[top_class], share_of_top, T(0), T(0));
+      T h_top = V::bends ? T(0) : slope_of<V>(pulls[top_class], table_of(top_class), counting, share_of_top, T(0), T(0));
       T rest = T(0), ties = T(0), mean = T(0), pull = T(0), equal = T(0);
       for (long long begin = 0; begin < job.classes; begin += CLASSES_AT_ONCE) {
         T group = T(0), of_mean = T(0), of_pull = T(0);
@@ -400,7 +423,7 @@ gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coe
           group += is_top ? T(0) : e;
           ties += is_top ? T(1) : T(0);
           const T p = V::indexed ? T(v.target == c) : share_of<V>(job, v, c);
-          if (!V::bends) of_mean = fused(e, slope_of<V>(pulls[c], p, T(0), T(0)) - h_top, of_mean);
+          if (!V::bends) of_mean = fused(e, slope_of<V>(pulls[c], table_of(c), counting, p, T(0), T(0)) - h_top, of_mean);
           if (!V::indexed) {
             const T its = pulls[c].own * p;
             of_pull += its == strongest ? T(0) : its;
@@ -415,14 +438,14 @@ gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coe
       v.left = fused(ties - T(1), v.largest, rest);
       v.scaled = T(1) / (v.left + v.largest);
       if (V::bends) {  // another walk, with q known
-        h_top = slope_of<V>(pulls[top_class], share_of_top, v.largest * v.scaled, v.left * v.scaled);
+        h_top = slope_of<V>(pulls[top_class], table_of(top_class), counting, share_of_top, v.largest * v.scaled, v.left * v.scaled);
         for (long long begin = 0; begin < job.classes; begin += CLASSES_AT_ONCE) {
           T of_mean = T(0);
           for (long long c = begin; c < begin + CLASSES_AT_ONCE && c < job.classes; ++c) {
             const T e = exponential(v, logit_of<V, E>(job, v, c));
             const T p = V::indexed ? T(v.target == c) : share_of<V>(job, v, c);
             const T rest = (v.left + (v.largest - e)) * v.scaled;
-            of_mean = fused(e, slope_of<V>(pulls[c], p, e * v.scaled, rest) - h_top, of_mean);
+            of_mean = fused(e, slope_of<V>(pulls[c], table_of(c), counting, p, e * v.scaled, rest) - h_top, of_mean);
           }
           mean += of_mean;
         }
@@ -432,7 +455,7 @@ gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coe
         const T x = logit_of<V, E>(job, v, c), e = exponential(v, x), q = e * v.scaled;
         const T p = V::indexed ? T(v.target == c) : share_of<V>(job, v, c);
         const T wrong = (v.left + (v.largest - e)) * v.scaled;
-        const T h = slope_of<V>(pulls[c], p, q, wrong);
+        const T h = slope_of<V>(pulls[c], table_of(c), counting, p, q, wrong);
         T here = pulls[c].own * p, there;
         if (V::indexed) there = v.target == c ? T(0) : strongest;
         else if (here == strongest) there = pull + (equal - T(1)) * strongest;

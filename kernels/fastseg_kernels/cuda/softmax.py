@@ -6,9 +6,8 @@ from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from fastseg_kernels.constants import SLOPE_FAMILIES, columns
+from fastseg_kernels.constants import columns, histograms, slope_families
+from fastseg_kernels.cuda.histograms import add_up, counting, make_counts
 from fastseg_kernels.cuda.job import MOST_ROW_TASKS, OPERANDS, Jobs, counter, is_run, make_job
 from fastseg_kernels.cuda.modules import SOFTMAX_CLASSES, THREADS, TYPES, flags
 from fastseg_kernels.cuda.runtime import Device
@@ -81,19 +80,18 @@ def statistics(device: Device, problem: Problem, families: frozenset[str]) -> An
     """Return the sums of every row, as `overlap.statistics`."""
     plan = _plan(problem.arrangement, None)
     samples, classes = problem.shape[:2]
-    width = len(columns(families))
     if plan.tasks == 0:
-        return device.zeros((samples, classes, width), "float64")
+        return device.zeros((samples, classes, len(columns(families))), "float64")
+    if problem.arrangement.weights is not None and histograms(families):
+        raise ValueError("with softmax a curve cannot be counted with a weight_map")
     places = plan.row_tasks * WARPS
-    sums = device.empty((samples, classes, places, width))
-    total = device.empty((samples, classes, width))
-    of_warps, of_rows = device.memory.address(sums), device.memory.address(total)
+    sums = device.empty((samples, classes, places, len(columns(families, counts=False))))
+    counts, record = make_counts(device, families, (samples, classes))
     variant = f"Softmax<{plan.variant}, {flags(families)}>"
     name = f"statistics_softmax<{variant}, {HELD[plan.real]}, {plan.arguments}>"
-    plan.jobs.launch(device, FILE, name, device.grid(plan.tasks), problem.addresses, of_warps)
-    rows = samples * classes
-    device.launch("overlap.cu", "add_tasks", rows, of_warps, places, np.int32(width), of_rows)
-    return total
+    of_warps, grid = device.memory.address(sums), device.grid(plan.tasks)
+    plan.jobs.launch(device, FILE, name, grid, problem.addresses, of_warps, record)
+    return add_up(device, sums, places, families, counts, (samples, classes))
 
 
 def gradient(
@@ -104,6 +102,7 @@ def gradient(
     if plan.tasks == 0:
         return
     of_rows, addresses = device.memory.address(coefficients), (*problem.addresses, out.address)
-    variant = f"Softmax<{plan.variant}, {flags(families & SLOPE_FAMILIES)}>"
+    variant = f"Softmax<{plan.variant}, {flags(slope_families(families))}>"
     name = f"gradient_softmax<{variant}, {plan.arguments}>"
-    plan.jobs.launch(device, FILE, name, device.grid(plan.tasks), addresses, of_rows)
+    grid, record = device.grid(plan.tasks), counting(families)
+    plan.jobs.launch(device, FILE, name, grid, addresses, of_rows, record)
