@@ -27,7 +27,7 @@ def _group_weights(
         w1: Numbers = (1 / united + 1 / after) / 2
         w0: Numbers = (inside + (inside - n1)) / 2 / united / after
     start = united == 0
-    shared: Numbers = 1.0 / np.maximum(n0, 1.0)
+    shared = np.asarray(1.0 / np.maximum(n0, 1.0), np.float64)
     w1[start], w0[start] = 1.0, shared[start]
     return w1, w0
 
@@ -43,7 +43,7 @@ def _extension(levels: Numbers, n1: Numbers, n0: Numbers, P: float) -> float:
 def _edges(histogram: Histogram) -> tuple[Numbers, Numbers, Numbers]:
     """Return lower edge, width and unit of the sum of each bin."""
     k, per_octave = np.arange(histogram.bins), histogram.bins // OCTAVES
-    octave = 2.0 ** (histogram.lowest + k // per_octave)
+    octave: Numbers = np.exp2((histogram.lowest + k // per_octave).astype(np.float64))
     edge = octave * (1 + (k % per_octave) / per_octave)
     width, unit = octave / per_octave, octave * 2.0**-FRACTION_BITS
     edge[0], width[0] = 0.0, edge[0] + width[0]

@@ -51,9 +51,22 @@ class Backend(Protocol):
         """Return the sums of every row, float64 (N, C, K)."""
 
     def gradient(
-        self, problem: Problem, coefficients: Any, out: View, families: frozenset[str]
+        self,
+        problem: Problem,
+        coefficients: Any,
+        out: View,
+        families: frozenset[str],
+        slopes: Any = None,
     ) -> None:
         """Write the gradient of a loss that is made of ``families`` to ``out``."""
+
+    def sorted_slopes(
+        self, problem: Problem, sums: Any, coefficients: Any, batch: bool, with_slopes: bool
+    ) -> tuple[Any, Any]:
+        """Return what a Lovasz term that sorts adds to the value, (N, C) or (1, C), and its slopes.
+
+        Slopes, which `gradient` adds, are None unless they are wanted.
+        """
 
     def prepare(
         self,

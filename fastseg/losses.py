@@ -28,6 +28,7 @@ from fastseg_kernels.problem import Evaluation, Problem
 from fastseg_kernels.views import View
 
 if TYPE_CHECKING:
+    from fastseg.lovasz import LovaszTerm
     from fastseg.terms import Term
 
 _INVALID = BASE_COLUMNS.index("invalid")
@@ -146,7 +147,7 @@ class Loss:
         if track in known:
             return known[track]  # type: ignore[no-any-return]
         wanted = set().union(*(term.needs() for _, term in self.parts))
-        allowed = (*FAMILY_COLUMNS, "curve")
+        allowed = (*(name for name, members in FAMILY_COLUMNS.items() if members), "curve")
         if isinstance(track, str) or not {*track} <= {*allowed, *HISTOGRAMS} - {*CURVES}:
             raise ValueError(f"track must be a tuple of {', '.join(allowed)}, got {track!r}")
         wanted.update(track)
@@ -154,6 +155,8 @@ class Loss:
             wanted.remove("curve")
             wanted.add("logit_curve" if self.activation == "sigmoid" else "prob_curve")
         errors = {*histograms(frozenset(wanted))} - {*CURVES}
+        if "sorted" in wanted and (errors or len(self._sorting) > 1):
+            raise ValueError("a loss has one Lovasz term that sorts, and then none with bins")
         measure = {"sigmoid": "hinge", "softmax": "errors"}.get(self.activation)
         if len(errors) > 1 or any(HISTOGRAMS[family].measure != measure for family in errors):
             raise ValueError(
@@ -187,6 +190,7 @@ class Loss:
         samples
             Names of the samples; ``+`` joins statistics of equal names only.
         """
+        self._require_sums("statistics")
         library, problem = self._problem(logits, targets, mask, weight_map)
         families, backend = self.families(track), backend_of(library, logits)
         sums = self._sums(backend, problem, families)
@@ -200,6 +204,7 @@ class Loss:
         statistics that a GPU made it is an array of their library, on their device. Statistics that
         were added up, joined or unpickled are on the host, wherever they come from.
         """
+        self._require_sums("value")
         return self._value_of(s, "float64")
 
     def gradient(
@@ -234,6 +239,7 @@ class Loss:
             Multiplied into the gradient before it is rounded to its dtype: the scale of mixed
             precision, or the gradient that comes from above. (N, C) for reduction "none".
         """
+        self._require_sums("gradient")
         library, problem = self._problem(logits, targets, mask, weight_map)
         samples, classes = problem.shape[:2]
         total, known = s.shape
@@ -271,7 +277,8 @@ class Loss:
         families, backend = self.families(), backend_of(library, logits)
         sums = self._sums(backend, problem, families)
         dtype = problem.arrangement.real
-        value = self._evaluate(backend, sums, columns(families), 1.0, dtype).value
+        result = self._evaluate(backend, sums, columns(families), 1.0, dtype)
+        value = self._with_sorted(backend, problem, sums, result, False)[0].value
         library.used(problem.owners)
         return library.array(self._reduced(value), dtype, logits)
 
@@ -311,6 +318,7 @@ class Loss:
 
     def term_values(self, s: Statistics) -> tuple[Any, ...]:
         """Return the value of each term, before its weight, as `value` does; no voxel is read."""
+        self._require_sums("term_values")
         backend, sums = self._place_of(s)
         terms = self._evaluate(backend, sums, s.names, 1.0, by_term=True).terms
         return tuple(self._reduced(terms[k]) for k in range(len(self.parts)))
@@ -326,6 +334,7 @@ class Loss:
         from fastseg.bounds import excess
         from fastseg.lovasz import LovaszTerm
 
+        self._require_sums("bounds")
         value = np.asarray(self._value_of(s._fetched(), "float64"))
         low, high = value, value
         for weight, term in self.parts:
@@ -344,6 +353,24 @@ class Loss:
             names = (type(term).__name__ for _, term in self.parts if hasattr(term, "histogram"))
             known = self.__dict__["_of_sets"] = tuple(dict.fromkeys(names))
         return known
+
+    @property
+    def _sorting(self) -> tuple[LovaszTerm, ...]:
+        """Return the terms that sort."""
+        known = self.__dict__.get("_that_sort")
+        if known is None:
+            terms = (term for _, term in self.parts if getattr(term, "histogram", "") is None)
+            known = self.__dict__["_that_sort"] = tuple(terms)
+        return known
+
+    def _require_sums(self, verb: str) -> None:
+        """Raise a TypeError for a loss that is no function of sums."""
+        if self._sorting:
+            name = type(self._sorting[0]).__name__
+            raise TypeError(
+                f"{verb} needs a loss that is a function of sums, and {name}() sorts its voxels: "
+                f"give it bins=4096, or call value_and_grad"
+            )
 
     def _run(
         self,
@@ -365,12 +392,26 @@ class Loss:
         sums = self._sums(backend, problem, families)
         dtype = problem.arrangement.real
         result = self._evaluate(backend, sums, columns(families), grad_scale, dtype)
-        backend.gradient(problem, result.coefficients, view, self.families())
+        result, slopes = self._with_sorted(backend, problem, sums, result, True)
+        backend.gradient(problem, result.coefficients, view, self.families(), slopes)
         library.used(problem.owners)
         if out is not None:
             library_of(out, "out").written(out)
         value = library.array(self._reduced(result.value), dtype, logits)
         return value, grad, (sums, columns(families), backend)
+
+    def _with_sorted(
+        self, backend: Backend, problem: Problem, sums: Any, result: Evaluation, with_slopes: bool
+    ) -> tuple[Evaluation, Any]:
+        """Return an evaluation with the value of the term that sorts, and its slopes."""
+        if not self._sorting:
+            return result, None
+        batch = self._sorting[0].scope == "batch"
+        values, slopes = backend.sorted_slopes(
+            problem, sums, result.coefficients, batch, with_slopes
+        )
+        more = values if self.options.reduction == "none" else values.sum()
+        return result._replace(value=result.value + more), slopes
 
     def _problem(
         self, logits: Any, targets: Any, mask: Any, weight_map: Any

@@ -55,8 +55,8 @@ class LovaszTerm(Term):
         return None if self.bins is None else f"{self.MEASURE}_{self.bins}"
 
     def needs(self) -> frozenset[str]:
-        """Need the counts of errors, unless they are sorted."""
-        return frozenset() if self.histogram is None else frozenset({self.histogram})
+        """Need the counts of errors, or what sorts them; soft targets are no set."""
+        return frozenset({self.histogram or "sorted", "labels"})
 
     def empty_rule(self) -> str:
         """Return what is done with rows without foreground, one of `constants.EMPTY`."""

@@ -133,7 +133,7 @@ GROUPS = {
         96,
     ),
     "sum of tasks": Group("overlap.cu", ["add_tasks", "widen_counts"], 64),
-    "evaluation": Group("evaluation.cu", ["evaluate"], 176),
+    "evaluation": Group("evaluation.cu", ["evaluate"], 248),
     "gradient in place": Group("overlap.cu", in_place("gradient", "float", "0"), 40),
     "gradient in place, other targets": Group(
         "overlap.cu",

@@ -5,6 +5,9 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 MAX_DIMS = 6
 """Spatial axes that a kernel walks after neighbouring axes were merged. Merging leaves more than
 three only for views that were sliced along several axes; past six the caller copies."""
@@ -41,6 +44,8 @@ FAMILY_COLUMNS = {
     "bce_split": ("bce_pos_sum", "bce_neg_sum"),
     "ce": ("ce_sum",),
     "ce_uniform": ("ce_uniform_sum",),
+    "labels": (),  # no sums: targets must be 0 or 1, soft ones are invalid
+    "sorted": (),  # no sums either: the gradient has a part that is given for each voxel
     "hard": ("hard_true_positives", "hard_false_positives", "hard_false_negatives", "undefined"),
 }
 
@@ -127,13 +132,12 @@ def histograms(families: frozenset[str]) -> tuple[str, ...]:
 @cache
 def slope_families(families: frozenset[str]) -> frozenset[str]:
     """Return the families whose gradient is code of its own in a kernel."""
-    lovasz = (f for f in histograms(families) if HISTOGRAMS[f].measure in ("hinge", "errors"))
-    return frozenset({*(SLOPE_FAMILIES & families), *lovasz})
+    return frozenset({*(SLOPE_FAMILIES & families), *({*histograms(families)} - {*CURVES})})
 
 
 # One row of the table of terms. A Lovasz term is a function of a histogram, whose first column and
-# whose bins and first octave the row names. A region term is a function of score = H / (H + E) and
-# of 1 - score = E / (H + E), where
+# whose bins and first octave the row names; without bins it sorts. A region term is a function of
+# score = H / (H + E) and of 1 - score = E / (H + E), where
 #   H = hits_i I + hits_f F + hits_g G + hits_0        E = errors_f F + errors_g G + errors_0
 # Neither is formed as a difference: a loss near 0 keeps its digits, and a score near 0 too. What I,
 # F and G are, its form says:
@@ -161,9 +165,18 @@ dL/dq of the l1 form where q < p and where q > p; and what q - p is multiplied b
 form.
 
 Where a Lovasz term is added there follow the slopes of its errors, dL/de, for the bins of the
-foreground and then of the background."""
-SLOPE_FAMILIES = frozenset({"overlap_l1", "overlap_squared"})
+foreground and then of the background. For one that sorts they are two numbers instead: what the
+row's extension is multiplied by in the loss, and what its slopes are."""
+SLOPE_FAMILIES = frozenset({"overlap_l1", "overlap_squared", "sorted"})
 """Families of sums whose gradient is code of its own in a kernel, which others do without."""
+
+
+def more_coefficients(terms: NDArray[np.float64]) -> int:
+    """Return how many coefficients of a row a table of terms has beside these."""
+    lovasz = terms[terms[:, TERM_FIELDS.index("kind")] == KINDS.index("lovasz")]
+    bins = lovasz[:, TERM_FIELDS.index("bins")]
+    return 0 if bins.size == 0 else max(2, 2 * int(bins.max()))
+
 
 PICKED = (
     "voxels", "count", "targets_sum", "true_positive_sum", "false_negative_sum",

@@ -91,3 +91,12 @@ def merge_layouts(layouts: Iterable[Layout]) -> Geometry:
             f"supported, got {len(geometry.sizes)}; pass contiguous copies"
         )
     return geometry
+
+
+def contiguous(shape: tuple[int, ...], dtype: str, item: int) -> Layout:
+    """Return the layout of a new C-contiguous array."""
+    strides, step = [], item
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(1, size)
+    return Layout(shape, tuple(reversed(strides)), dtype)

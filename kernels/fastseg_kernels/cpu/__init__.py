@@ -15,7 +15,7 @@ from fastseg_kernels.cpu.memory import (
     state_like,
     to_host,
 )
-from fastseg_kernels.cpu.passes import gradient, statistics
+from fastseg_kernels.cpu.passes import gradient, sorted_slopes, statistics
 from fastseg_kernels.cpu.threads import describe, get_num_threads, set_num_threads
 from fastseg_kernels.cpu.updates import Table as update_table
 
@@ -34,6 +34,7 @@ __all__ = [
     "prepare",
     "set_num_threads",
     "sigmoid",
+    "sorted_slopes",
     "state_like",
     "statistics",
     "to_host",

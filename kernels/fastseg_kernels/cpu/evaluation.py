@@ -26,6 +26,7 @@ from fastseg_kernels.constants import (
     PICKED,
     SCOPES,
     TERM_FIELDS,
+    more_coefficients,
 )
 from fastseg_kernels.cpu.compiled import function, jit
 from fastseg_kernels.cpu.intrinsics import stack_array
@@ -156,10 +157,14 @@ def add_region(term, sums, columns, class_weights, reduction, scale, values, coe
             _collect_region(term, sums, columns, n, c, batch, row)
             _, slope_f, slope_g, keep = region(term, row)
             if keep and class_weights[c] == class_weights[c]:
-                factor = term[WEIGHT] * share * scale[n, c] * class_weights[c]
+                part = share * class_weights[c]
                 if in_lines:
-                    factor /= _kept_in_line(term, sums, columns, class_weights, n, c)
-                if of_bins and not is_empty(term, row):
+                    part /= _kept_in_line(term, sums, columns, class_weights, n, c)
+                factor = term[WEIGHT] * part * scale[n, c]
+                if of_bins and term[BINS] == 0.0 and not is_empty(term, row):
+                    coefficients[n, c, COEFFICIENTS] += term[WEIGHT] * part
+                    coefficients[n, c, COEFFICIENTS + 1] += factor
+                elif of_bins and not is_empty(term, row):
                     lovasz(term, sums, n, c, batch, row[P], factor, coefficients[n, c])
                 elif of_bins:
                     pass
@@ -217,7 +222,7 @@ def _collect_region(term, sums, columns, n, c, batch, row):  # type: ignore[no-u
         row[INNER], row[F], row[G] = row[L1_INNER], row[L1_F], row[L1_G]
     elif term[FORM] == SQUARED:
         row[INNER], row[F], row[G] = row[PRODUCT], 0.0, row[SQUARED_ERROR]
-    if term[KIND] == LOVASZ:
+    if term[KIND] == LOVASZ and term[BINS] != 0.0:
         row[G] = np.nan if _counted(sums, n, c, batch, int(term[HISTOGRAM])) > 0.0 else 0.0
 
 
@@ -241,6 +246,8 @@ def lovasz(term, sums, n, c, batch, P, factor, coefficients):  # type: ignore[no
     """
     at, bins, lowest = int(term[HISTOGRAM]), int(term[BINS]), int(term[LOWEST])
     per_octave = bins // OCTAVES
+    if bins == 0:  # it sorts
+        return 0.0
     if _counted(sums, n, c, batch, at) > 0.0:
         return np.nan
     inside, union, value = P, P, 0.0
@@ -421,7 +428,7 @@ def prepare(
     reduction
         Index into `constants.REDUCTIONS`.
     """
-    width = COEFFICIENTS + 2 * int(terms[:, BINS].max(initial=0))
+    width = COEFFICIENTS + more_coefficients(terms)
     return Table(terms, class_weights, columns, reduction, width)
 
 

@@ -45,7 +45,7 @@ class Counter(NamedTuple):
 
     families: tuple[str, ...]
     words: int  # of a task
-    add: Any  # add(x, p, count, left_out, words) -> how many targets are invalid
+    add: Any  # add(x, p, count, left_out, words); with softmax `ClassTile` for x
     flush: Any  # flush(words, row): add them to the counts of the row, and start anew
 
 
@@ -145,19 +145,16 @@ def _make_measure(histogram: Histogram, variant: Variant, real: Real) -> Any:
 def _make_add(family: str, variant: Variant, real: Real) -> Any:
     """Return what counts voxels in one histogram."""
     T, I = real.scalar, real.integer  # noqa: E741
-    zero, one = T(0), T(1)
     histogram = HISTOGRAMS[family]
     measure, place = _make_measure(histogram, variant, real), make_place(histogram, real)
     Target = np.uint8 if variant.targets == "binary" else T
     x_size, p_size = np.dtype(T).itemsize, np.dtype(Target).itemsize
-    checked = histogram.measure == "hinge" and variant.targets != "binary"
     least_background = 1 + histogram.bins if histogram.measure in ("logits", "probs") else 0
 
     @function
     def add(x, p, count, left_out, words):  # type: ignore[no-untyped-def]
         wide_vectors()
         places, parts = stack_array(CHUNK, I), stack_array(CHUNK, I)
-        invalid = 0
         for start in range(0, count, CHUNK):
             here = min(CHUNK, count - start)
             x_here = pointer_to(address_of(x) + start * x_size, T)
@@ -166,13 +163,8 @@ def _make_add(family: str, variant: Variant, real: Real) -> Any:
                 number, positive = measure(x_here[i], p_here[i])
                 places[i], parts[i] = place(number, positive)
             add_words(places, parts, here, words)
-            if checked:
-                for i in range(here):
-                    soft = p_here[i] > zero and p_here[i] < one
-                    invalid += soft
         if least_background > 0:  # in the buffers those are the least predictions of background
             words[least_background] -= UNIT * left_out
-        return invalid
 
     return add
 
@@ -193,7 +185,7 @@ def make_class_measure(histogram: Histogram, variant: Variant, real: Real) -> An
 def _make_add_class(family: str, variant: Variant, real: Real) -> Any:
     """Return what counts the voxels of a tile for one class, with softmax."""
     T, I = real.scalar, real.integer  # noqa: E741
-    zero, one = T(0), T(1)
+    zero = T(0)
     histogram = HISTOGRAMS[family]
     indexed, errors = "indexed" in variant.targets, histogram.measure == "errors"
     measure, place = make_class_measure(histogram, variant, real), make_place(histogram, real)
@@ -204,7 +196,6 @@ def _make_add_class(family: str, variant: Variant, real: Real) -> Any:
         """``tile``: the voxels, see `ClassTile`."""
         wide_vectors()
         places, parts = stack_array(CHUNK, I), stack_array(CHUNK, I)
-        invalid = 0
         for i in range(count):
             q = tile.e[i] * tile.inverse[i]
             rest = (tile.left[i] + (tile.largest[i] - tile.e[i])) * tile.inverse[i]
@@ -214,13 +205,8 @@ def _make_add_class(family: str, variant: Variant, real: Real) -> Any:
             number = number if inside else zero
             places[i], parts[i] = place(number, positive if inside else False)
         add_words(places, parts, count, words)
-        if errors and not indexed:
-            for i in range(count):
-                soft = p[i] > zero and p[i] < one
-                invalid += soft and tile.keep[i] != zero
         if least_background > 0:
             words[least_background] -= UNIT * left_out
-        return invalid
 
     return add
 
@@ -269,7 +255,7 @@ def make_counter(variant: Variant) -> Counter:
 
         @inlined
         def nothing(x, p, count, left_out, words):  # type: ignore[no-untyped-def]
-            return 0
+            return
 
         @inlined
         def no_flush(words, row):  # type: ignore[no-untyped-def]
@@ -286,8 +272,8 @@ def make_counter(variant: Variant) -> Counter:
     @function
     def add(x, p, count, left_out, words):  # type: ignore[no-untyped-def]
         second = pointer_to(address_of(words) + 8 * size, np.int64)
-        invalid = add_first(x, p, count, left_out, words)
-        return invalid + add_second(x, p, count, left_out, second)
+        add_first(x, p, count, left_out, words)
+        add_second(x, p, count, left_out, second)
 
     @function
     def flush(words, row):  # type: ignore[no-untyped-def]

@@ -14,8 +14,9 @@ from fastseg_kernels.cpu.compiled import Kernel
 from fastseg_kernels.cpu.intrinsics import address_of, carray, pointer_to, stack_array
 from fastseg_kernels.cpu.operands import SCRATCH_WORDS, STAGE, load_labels, load_raw
 from fastseg_kernels.cpu.overlap import block_length
-from fastseg_kernels.cpu.passes import SHARED_FROM, fill_geometry
+from fastseg_kernels.cpu.passes import fill_geometry
 from fastseg_kernels.cpu.stage import JOB
+from fastseg_kernels.cpu.threads import SHARED_FROM
 from fastseg_kernels.problem import Problem
 
 HITS, PREDICTED, TRUE, VALID, INVALID_PREDICTED, INVALID_TARGET = range(6)

@@ -21,8 +21,9 @@ from fastseg_kernels.cpu.operands import (
     store_raw,
 )
 from fastseg_kernels.cpu.overlap import block_length
-from fastseg_kernels.cpu.passes import SHARED_FROM, fill_geometry
+from fastseg_kernels.cpu.passes import fill_geometry
 from fastseg_kernels.cpu.stage import JOB
+from fastseg_kernels.cpu.threads import SHARED_FROM
 from fastseg_kernels.problem import compute_type
 from fastseg_kernels.views import View
 

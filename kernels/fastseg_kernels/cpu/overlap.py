@@ -15,7 +15,7 @@ import numpy as np
 
 from fastseg_kernels.constants import BASE_COLUMNS, COEFFICIENTS, HISTOGRAMS, columns
 from fastseg_kernels.cpu.compiled import Kernel, function
-from fastseg_kernels.cpu.elementary import REALS
+from fastseg_kernels.cpu.elementary import REALS, Real
 from fastseg_kernels.cpu.histograms import (
     MOST_VOXELS,
     PIECE,
@@ -34,7 +34,7 @@ from fastseg_kernels.cpu.intrinsics import (
     wide_vectors,
 )
 from fastseg_kernels.cpu.operands import SCRATCH_WORDS, STAGE, voxel_address
-from fastseg_kernels.cpu.points import Coefficients, Variant, make_point
+from fastseg_kernels.cpu.points import Coefficients, Variant, make_is_allowed, make_point
 from fastseg_kernels.cpu.stage import EXCLUDED_INPUT, JOB, LOAD_REQUEST
 from fastseg_kernels.cpu.tiles import TILE, make_tile_sums
 
@@ -59,13 +59,13 @@ def _make_count_invalid(variant: Variant) -> Any:
     T = REALS[variant.real].scalar
     binary, probs = variant.targets == "binary", variant.activation == "probs"
     weighted = variant.targets == "weighted"
-    zero, one = T(0), T(1)
+    zero, one, is_allowed = T(0), T(1), make_is_allowed(variant, REALS[variant.real])
 
     @function
     def count_invalid(x, p, w, count):  # type: ignore[no-untyped-def]
         invalid = 0
         for i in range(count):
-            wrong = p[i] > np.uint8(1) if binary else not (zero <= p[i] <= one)
+            wrong = p[i] > np.uint8(1) if binary else not is_allowed(p[i])
             if probs:
                 wrong = wrong or x[i] < zero or x[i] > one
             if weighted:
@@ -162,7 +162,7 @@ def statistics_kernel(variant: Variant) -> Kernel:
                 if counted:
                     in_words = turn_to(this_row, counted_row, count, in_words, words, job)
                     counted_row = this_row
-                    out[INVALID_COLUMN] += add_counts(x_here, p_here, count, 0, words)
+                    add_counts(x_here, p_here, count, 0, words)
                 out[VOXELS_COLUMN] += count
                 out[COUNT_COLUMN] += count
                 voxel += count
@@ -181,7 +181,7 @@ def statistics_kernel(variant: Variant) -> Kernel:
                         this_row = n * job.classes + c
                         in_words = turn_to(this_row, counted_row, count, in_words, words, job)
                         counted_row = this_row
-                        out[INVALID_COLUMN] += add_counts(x, p, count, ask.left_out, words)
+                        add_counts(x, p, count, ask.left_out, words)
                     out[VOXELS_COLUMN] += count
                     out[COUNT_COLUMN] += count - ask.left_out
                 voxel += count
@@ -194,6 +194,37 @@ def statistics_kernel(variant: Variant) -> Kernel:
 @cache
 def gradient_kernel(variant: Variant) -> Kernel:
     """Compile the kernel that writes ``job.out`` from ``job.coefficients`` for a variant."""
+    return _second_pass(variant, "gradient")
+
+
+@cache
+def errors_kernel(variant: Variant) -> Kernel:
+    """Compile the kernel that writes the errors of the Lovasz hinge to ``job.out``.
+
+    Those of the foreground have the sign bit; 0 stands for no error, and for what is left out.
+    """
+    return _second_pass(variant, "errors")
+
+
+def _make_errors(variant: Variant, real: Real) -> Any:
+    """Return the loop over voxels of `errors_kernel`."""
+    T = real.scalar
+    zero, one = T(0), T(1)
+
+    @function
+    def errors(x, p, w, count, coefficients, out):  # type: ignore[no-untyped-def]
+        wide_vectors()
+        for i in range(count):
+            positive = p[i] != 0
+            error = one - (x[i] if positive else -x[i])
+            error = zero if error < zero else error  # NaN stays
+            out[i] = -error if positive else error
+
+    return errors
+
+
+def _second_pass(variant: Variant, verb: str) -> Kernel:
+    """Compile a kernel that writes a number for each voxel."""
     real = REALS[variant.real]
     T = real.scalar
     binary, weighted = variant.targets == "binary", variant.targets == "weighted"
@@ -202,7 +233,11 @@ def gradient_kernel(variant: Variant) -> Kernel:
     zero = T(0)
     slope, look_up = make_point(variant, real).slope, make_look_up(variant, real)
     family = lovasz_family(variant.families)
-    looked_up = family is not None
+    looked_up, with_given, size = (
+        family is not None,
+        "sorted" in variant.families,
+        np.dtype(T).itemsize,
+    )
     width = COEFFICIENTS + (2 * HISTOGRAMS[family].bins if family else 0)
     signed, words = make_signed(variant, real), words_of(family) if family else 1
 
@@ -215,6 +250,15 @@ def gradient_kernel(variant: Variant) -> Kernel:
         )  # fmt: skip
         for i in range(count):
             out[i] = slope(x[i], p[i], w[i] if weighted else zero, k)
+
+    @function
+    def add_slopes(count, given, out):  # type: ignore[no-untyped-def]
+        wide_vectors()
+        for i in range(count):
+            out[i] += given[i]
+
+    if verb == "errors":
+        slopes = _make_errors(variant, real)
 
     def gradient(job_address, first, last):  # type: ignore[no-untyped-def]
         job = carray(pointer_to(job_address, JOB), 1)[0]
@@ -263,9 +307,12 @@ def gradient_kernel(variant: Variant) -> Kernel:
                             for i in range(count):
                                 if excluded[i] != 0:
                                     g_here[i] = zero
+                    if with_given:
+                        place = (n * job.classes + c) * job.voxels + voxel
+                        add_slopes(count, pointer_to(job.slopes + size * place, T), g_here)
                     if job.in_place == 0:
                         ask.x = address_of(g)
                         call_kernel(job.store, job_address, address_of(ask_pointer), 0)
                 voxel += count
 
-    return Kernel(gradient, variant.name("gradient"))
+    return Kernel(gradient, variant.name(verb))

@@ -11,13 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastseg_kernels.constants import (
+    BASE_COLUMNS,
+    COEFFICIENTS,
     FLOAT_DTYPES,
     ITEM_SIZES,
     TARGETS_AS_STORED,
     columns,
     slope_families,
 )
-from fastseg_kernels.cpu import overlap, softmax, threads
+from fastseg_kernels.cpu import overlap, softmax, sorting, threads
 from fastseg_kernels.cpu.compiled import Kernel
 from fastseg_kernels.cpu.histograms import task_words
 from fastseg_kernels.cpu.operands import fill_operand
@@ -25,11 +27,9 @@ from fastseg_kernels.cpu.overlap import block_length
 from fastseg_kernels.cpu.points import Variant
 from fastseg_kernels.cpu.softmax_stage import MOST_CLASSES, tile_load_kernel
 from fastseg_kernels.cpu.stage import EXCLUDED_INPUT, JOB, load_kernel, store_kernel
+from fastseg_kernels.cpu.threads import SHARED_FROM
 from fastseg_kernels.problem import Arrangement, Problem
-from fastseg_kernels.views import Geometry, Layout, View, merge_layouts
-
-SHARED_FROM = 16384
-"""Voxels from which a second thread pays for itself: 5 us of work, against 2 us to wake it."""
+from fastseg_kernels.views import Geometry, Layout, View, contiguous, merge_layouts
 
 
 class _Plan(NamedTuple):
@@ -43,7 +43,7 @@ class _Plan(NamedTuple):
     share: bool  # large enough for more than one thread
     kernels: dict[frozenset[str], tuple[Kernel, tuple[int, ...], int]]  # statistics; shape of
     # their sums, number of columns of their histograms
-    gradients: dict[frozenset[str], Kernel]  # by families of SLOPE_FAMILIES
+    gradients: dict[frozenset[str], Kernel]  # by the loss's families
     free: list[tuple[NDArray[np.int64], int]]  # jobs, with their addresses, that no call uses now
 
 
@@ -60,9 +60,12 @@ def _word(*path: str) -> int:
 # A call sets a few words of a flat copy: copying a nested record costs 16 us, this 0.3.
 OPERANDS = ("logits", "targets", "mask", "weights", "out")
 ADDRESSES = tuple(_word(name, "address") for name in OPERANDS)
-STORE, IN_PLACE, SUMS, COUNTS, WORDS, PARTS, COEFFICIENT_TABLE = (
-    _word(n) for n in ("store", "in_place", "sums", "counts", "words", "parts", "coefficients")
-)
+STORE, IN_PLACE, SUMS, COUNTS, WORDS, PARTS, SLOPES, COEFFICIENT_TABLE = (
+    _word(name)
+    for name in (
+        "store", "in_place", "sums", "counts", "words", "parts", "slopes", "coefficients"
+    )
+)  # fmt: skip
 
 
 def _is_run(geometry: Geometry, k: int, layout: Layout) -> bool:
@@ -233,11 +236,13 @@ def gradient(
     coefficients: NDArray[np.float64],
     out: View,
     families: frozenset[str] = frozenset(),
+    slopes: NDArray[Any] | None = None,
 ) -> None:
     """Write dL/dlogits (or dL/dprobs) to ``out`` from the coefficients of every row.
 
     ``coefficients`` are C-contiguous, as `evaluation.evaluate` makes them for a loss that is made
     of ``families``. One read of every operand and one write; ``out`` may be the logits themselves.
+    ``slopes`` are those of a Lovasz term that sorts, as `sorted_slopes` makes them.
     """
     plan = _plan(problem.arrangement, out.layout)
     kernel = plan.gradients.get(families)
@@ -247,11 +252,61 @@ def gradient(
     job = _take_job(plan, (*problem.addresses, out.address))
     words, address = job
     words[COEFFICIENT_TABLE] = _address(coefficients)
+    words[SLOPES] = 0 if slopes is None else _address(slopes)
     same = out.address == problem.addresses[0] and words[IN_PLACE] != 0
     over_itself = same and plan.module is overlap
     if over_itself:  # LLVM's check for overlap would send the loop down its scalar path
         words[IN_PLACE], words[STORE] = 0, store_kernel(plan.variant.real).address
-    threads.run(kernel, address, plan.tasks, plan.share, (job, coefficients, problem, out))
+    threads.run(kernel, address, plan.tasks, plan.share, (job, coefficients, slopes, problem, out))
     if over_itself:
         words[IN_PLACE] = 1
     plan.free.append(job)
+
+
+def sorted_slopes(
+    problem: Problem,
+    sums: NDArray[np.float64],
+    coefficients: NDArray[np.float64],
+    batch: bool,
+    with_slopes: bool,
+) -> tuple[NDArray[np.float64], NDArray[Any] | None]:
+    """Sort the errors of a Lovasz term; return what it adds to the value, and its slopes.
+
+    Parameters
+    ----------
+    problem
+        Predictions and targets.
+    sums
+        What `statistics` returned.
+    coefficients
+        What `evaluation.evaluate` made of a table with the term.
+    batch
+        Whether the samples are sorted together.
+    with_slopes
+        Whether slopes are wanted.
+
+    Returns
+    -------
+    values
+        float64 (N, C), or (1, C): the Lovasz extension of each row times its part in the loss.
+    slopes
+        dL/dlogits, or with softmax dL/dq: (N, C, voxels) of the type that is computed in.
+    """
+    arrangement = problem.arrangement
+    samples, classes, *spatial = arrangement.shape
+    real = np.dtype(arrangement.real)
+    errors = np.empty((samples, classes, prod(spatial)), real)
+    layout = contiguous(arrangement.shape, arrangement.real, real.itemsize)
+    plan = _plan(arrangement, layout)
+    kernel = plan.module.errors_kernel(plan.variant)
+    job = _take_job(plan, (*problem.addresses, _address(errors)))
+    words, address = job
+    nothing = np.zeros((samples, classes, COEFFICIENTS))
+    words[COEFFICIENT_TABLE] = _address(nothing)
+    threads.run(kernel, address, plan.tasks, plan.share, (job, nothing, errors, problem))
+    plan.free.append(job)
+    factors = np.ascontiguousarray(coefficients[:, :, COEFFICIENTS + 1]) if with_slopes else None
+    foreground = np.ascontiguousarray(sums[:, :, BASE_COLUMNS.index("targets_sum")])
+    values = sorting.weigh(errors, foreground, batch, factors)
+    parts = coefficients[: len(values), :, COEFFICIENTS]
+    return np.where(parts == 0.0, 0.0, parts * values), errors if with_slopes else None

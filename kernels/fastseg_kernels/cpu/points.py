@@ -179,6 +179,20 @@ def _count(real: Real) -> Any:
     return count
 
 
+def make_is_allowed(variant: Variant, real: Real) -> Any:
+    """Return ``is_allowed(p)`` of targets that are reals."""
+    zero, one = real.scalar(0), real.scalar(1)
+    labels = "labels" in variant.families
+
+    @inlined
+    def is_allowed(p):  # type: ignore[no-untyped-def]
+        if labels:
+            return (p == zero) | (p == one)
+        return zero <= p <= one
+
+    return is_allowed
+
+
 def make_short_and_excess(real: Real) -> Any:
     """Return ``short_and_excess(d) = max(d, 0), max(-d, 0)``; NaN is in the second."""
     zero = real.scalar(0)
@@ -288,6 +302,8 @@ def _soft_point(variant: Variant, real: Real) -> Point:
     )
     weighted, is_bent = variant.targets == "weighted", bool(SLOPE_FAMILIES & variant.families)
 
+    is_allowed = make_is_allowed(variant, real)
+
     @inlined
     def add(x, p, w, threshold, sums):  # type: ignore[no-untyped-def]
         (product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, common, short,
@@ -336,7 +352,7 @@ def _soft_point(variant: Variant, real: Real) -> Point:
                 hits, predicted, undefined, over, is_target, no_answer
             )
         target += weight * p
-        bad = I(bad | (nothing if zero <= p <= one else unit))
+        bad = I(bad | (nothing if is_allowed(p) else unit))
         if weighted:
             bad = I(bad | (nothing if w >= zero else unit))
         return Sums(product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, common,

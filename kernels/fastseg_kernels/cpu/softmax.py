@@ -44,7 +44,7 @@ from fastseg_kernels.cpu.intrinsics import (
     stack_array,
 )
 from fastseg_kernels.cpu.operands import voxel_address
-from fastseg_kernels.cpu.points import Variant
+from fastseg_kernels.cpu.points import Variant, make_is_allowed
 from fastseg_kernels.cpu.softmax_slopes import has_slopes, make_tile_gradient
 from fastseg_kernels.cpu.softmax_stage import (
     BUFFER,
@@ -91,14 +91,14 @@ def statistics_kernel(variant: Variant) -> Kernel:
     counter = make_counter(variant)
     counted, words_of_class, flush = bool(counter.families), counter.words, counter.flush
     counts_width = sum(HISTOGRAMS[family].width for family in counter.families)
-    zero, one = T(0), T(1)
+    zero, is_allowed = T(0), make_is_allowed(variant, real)
 
     @function
     def count_invalid(p, keep, tile, count):  # type: ignore[no-untyped-def]
-        """Return how many soft targets of one class are outside [0, 1]."""
+        """Return how many soft targets of one class are not allowed."""
         invalid = 0
         for i in range(count):
-            invalid += keep[i] != zero and not zero <= p[i] <= one
+            invalid += keep[i] != zero and not is_allowed(p[i])
         return invalid
 
     @function
@@ -144,11 +144,11 @@ def statistics_kernel(variant: Variant) -> Kernel:
                         flush_sample(sample, words, job)
                         in_words = 0
                     sample, in_words = n, in_words + ask.count
-                soft_ones = tile_statistics(
+                tile_statistics(
                     here, here_step, ask.p, address_of(e), ask.tile, job.classes, target, keep,
                     weight, out, step, words, 8 * words_of_class, ask.count, ask.left_out,
                 )  # fmt: skip
-                pointer_to(out, np.float64)[at_invalid] += ask.invalid + soft_ones
+                pointer_to(out, np.float64)[at_invalid] += ask.invalid
                 for c in range(job.classes):
                     sums = pointer_to(out + c * step, np.float64)
                     sums[at_voxels] += ask.count
@@ -165,6 +165,17 @@ def statistics_kernel(variant: Variant) -> Kernel:
 @cache
 def gradient_kernel(variant: Variant) -> Kernel:
     """Compile the kernel that writes ``job.out`` from ``job.coefficients`` for a variant."""
+    return _second_pass(variant, "gradient")
+
+
+@cache
+def errors_kernel(variant: Variant) -> Kernel:
+    """Compile the kernel that writes abs(p - q) to ``job.out``, as `overlap.errors_kernel`."""
+    return _second_pass(variant, "errors")
+
+
+def _second_pass(variant: Variant, verb: str) -> Kernel:
+    """Compile a kernel that writes a number for each class of each voxel."""
     real = REALS[variant.real]
     T, I = real.scalar, real.integer  # noqa: E741
     size = np.dtype(T).itemsize
@@ -174,7 +185,8 @@ def gradient_kernel(variant: Variant) -> Kernel:
     width = COEFFICIENTS + (2 * HISTOGRAMS[family].bins if family else 0)
     h_length = BUFFER if has_slopes(variant) else 1
     folded = "overlap_l1" in variant.families and "soft" not in variant.targets
-    tile_gradient = make_tile_gradient(variant, real)
+    tile_gradient = make_tile_gradient(variant, real, verb == "errors")
+    with_given = "sorted" in variant.families and verb == "gradient"
 
     def gradient(job_address, first, last):  # type: ignore[no-untyped-def]
         job = carray(pointer_to(job_address, JOB), 1)[0]
@@ -189,6 +201,7 @@ def gradient_kernel(variant: Variant) -> Kernel:
         ask.tile, put.scratch = job.inner_classes, address_of(scratch)
         for task in range(first, last):
             n, block = task // job.blocks, task % job.blocks
+            given, given_step = 0, size * job.voxels
             exact = pointer_to(job.coefficients + 8 * width * n * job.classes, np.float64)
             of_all = 0.0
             for c in range(job.classes):
@@ -209,13 +222,16 @@ def gradient_kernel(variant: Variant) -> Kernel:
                     here, here_step = voxel_address(job.logits, n, 0, voxel), job.logits.stride_c
                 ask.x = address_of(x) if here == address_of(x) else 0
                 call_kernel(job.load, job_address, address_of(ask_pointer), 0)
+                if with_given:
+                    given = job.slopes + size * (n * job.classes * job.voxels + voxel)
                 there, there_step = address_of(x), ask.tile * size
                 in_place = job.in_place != 0 and whole
                 if in_place:
                     there, there_step = voxel_address(job.out, n, 0, voxel), job.out.stride_c
                 tile_gradient(
                     here, here_step, ask.p, address_of(e), address_of(h), ask.tile, job.classes,
-                    target, weight, k, address_of(exact), there, there_step,
+                    target, weight, k, address_of(exact), given, given_step, ask.count, there,
+                    there_step,
                 )  # fmt: skip
                 if not in_place:
                     put.n, put.voxel, put.count = n, voxel, ask.count
@@ -223,4 +239,4 @@ def gradient_kernel(variant: Variant) -> Kernel:
                         put.c, put.x = c, address_of(x) + c * ask.tile * size
                         call_kernel(job.store, job_address, address_of(put_pointer), 0)
 
-    return Kernel(gradient, variant.name("gradient"))
+    return Kernel(gradient, variant.name(verb))

@@ -31,7 +31,7 @@ from fastseg_kernels.cpu.softmax_walk import Tops, make_end_group, make_slope, m
 def has_slopes(variant: Variant) -> bool:
     """Tell whether h_c depends on q_c. With class indices, p in {0, 1}, the l1 form's does not."""
     l1, squared = (f"overlap_{form}" in variant.families for form in ("l1", "squared"))
-    lovasz = lovasz_family(variant.families) is not None
+    lovasz = "sorted" in variant.families or lovasz_family(variant.families) is not None
     return squared or lovasz or (l1 and "indexed" not in variant.targets)
 
 
@@ -49,13 +49,14 @@ def make_bent(variant: Variant, real: Real) -> Any:
     return bent_class
 
 
-def make_tile_gradient(variant: Variant, real: Real) -> Any:
-    """Return the function that writes the gradient of a tile."""
+def make_tile_gradient(variant: Variant, real: Real, of_errors: bool = False) -> Any:
+    """Return the function that writes the gradient of a tile, or its errors."""
     T, I = real.scalar, real.integer  # noqa: E741
     size = np.dtype(T).itemsize
     zero, one = T(0), T(1)
     indexed = "indexed" in variant.targets
     is_bent, family = has_slopes(variant), lovasz_family(variant.families)
+    with_given = "sorted" in variant.families
     looked_up, look_up = family is not None, make_class_look_up(variant, real)
     width = COEFFICIENTS + (2 * HISTOGRAMS[family].bins if family else 0)
     walk, end_group = make_walk(variant, real, not is_bent), make_end_group(real)
@@ -93,8 +94,9 @@ def make_tile_gradient(variant: Variant, real: Real) -> Any:
 
     @pasted
     def fill_slopes(  # type: ignore[no-untyped-def]
-        e, p, h, tile, classes, target, weight, k, tables, left, scaled, largest, h_top
-    ):
+        e, p, h, tile, classes, target, weight, k, tables, given, given_step, count, left, scaled,
+        largest, h_top
+    ):  # fmt: skip
         """Fill h_c where it depends on q_c, and that of a class that reaches m."""
         for c in range(classes):
             e_row, share = pointer_to(e + c * tile * size, T), pointer_to(p + c * tile * size, T)
@@ -113,8 +115,27 @@ def make_tile_gradient(variant: Variant, real: Real) -> Any:
                 here = ClassTile(e_row, scaled, left, largest, target, weight, label)
                 table = pointer_to(tables + 8 * (width * c + COEFFICIENTS), np.float64)
                 look_up(here, share, tile, table, h_row)
+            if with_given:
+                own = pointer_to(given + c * given_step, T)
+                for i in range(count):
+                    h_row[i] += own[i]
             for i in range(tile):
                 h_top[i] = select(e_row[i] == largest[i], h_row[i], h_top[i])
+
+    @pasted
+    def write_errors(  # type: ignore[no-untyped-def]
+        e, p, tile, classes, target, weight, scaled, left, largest, out, out_step
+    ):
+        """Write abs(p - q), negative for the foreground, and 0 for what is left out."""
+        for c in range(classes):
+            e_row, share = pointer_to(e + c * tile * size, T), pointer_to(p + c * tile * size, T)
+            row, label = pointer_to(out + c * out_step, T), I(c)
+            for i in range(tile):
+                is_target = is_same(target[i], label) if indexed else share[i] != zero
+                q = e_row[i] * scaled[i]
+                rest = (left[i] + (largest[i] - e_row[i])) * scaled[i]
+                value = -rest if is_target else q
+                row[i] = value if weight[i] != zero else zero
 
     @inlined
     def slope_at(h_row, is_target, share, i, steep, flat):  # type: ignore[no-untyped-def]
@@ -122,8 +143,9 @@ def make_tile_gradient(variant: Variant, real: Real) -> Any:
 
     @function
     def tile_gradient(  # type: ignore[no-untyped-def]
-        x, x_step, p, e, h, tile, classes, target, weight, k, tables, out, out_step
-    ):
+        x, x_step, p, e, h, tile, classes, target, weight, k, tables, given, given_step, count,
+        out, out_step
+    ):  # fmt: skip
         wide_vectors()
         scaled, left = stack_array(LONGEST_TILE, T), stack_array(LONGEST_TILE, T)
         mean = stack_array(LONGEST_TILE, T)
@@ -151,9 +173,12 @@ def make_tile_gradient(variant: Variant, real: Real) -> Any:
             left[i] = fma(ties[i] - one, largest[i], left[i] + group[i])
             group[i] = zero
             scaled[i] = one / (left[i] + largest[i])
+        if of_errors:
+            write_errors(e, p, tile, classes, target, weight, scaled, left, largest, out, out_step)
+            return
         if is_bent:
-            fill_slopes(e, p, h, tile, classes, target, weight, k, tables, left, scaled, largest,
-                        h_top)  # fmt: skip
+            fill_slopes(e, p, h, tile, classes, target, weight, k, tables, given, given_step, count,
+                        left, scaled, largest, h_top)  # fmt: skip
         for c in range(classes):
             e_row, share = pointer_to(e + c * tile * size, T), pointer_to(p + c * tile * size, T)
             steep, flat, a, label = on[c], off[c], mine[c], I(c)

@@ -262,7 +262,6 @@ def make_tile_statistics(variant: Variant, real: Real) -> Any:
         x, x_step, p, e, tile, classes, label, keep, weight, out, out_step, words, words_step,
         count, left_out,
     ):  # fmt: skip
-        """Return how many targets are invalid that are only invalid for what is counted."""
         wide_vectors()
         true_class, predicted = stack_array(LONGEST_TILE, I), stack_array(LONGEST_TILE, I)
         scaled, left = stack_array(LONGEST_TILE, T), stack_array(LONGEST_TILE, T)
@@ -289,7 +288,7 @@ def make_tile_statistics(variant: Variant, real: Real) -> Any:
                 below = zero if own[i] == top[i] else top[i] - own[i]
                 log[i] = weight[i] * log1p(left[i] / largest[i])
                 nll[i] = log[i] + (weight[i] * below if weight[i] != zero else zero)
-        undefined = invalid = 0
+        undefined = 0
         if hard or curve:
             if indexed:
                 for i in range(tile):
@@ -317,7 +316,6 @@ def make_tile_statistics(variant: Variant, real: Real) -> Any:
             if counted:
                 here = ClassTile(e_row, inverse, left, largest, target, keep, I(c))
                 of_class = pointer_to(words + c * words_step, np.int64)
-                invalid += add_counts(here, p_row, count, left_out, of_class)
-        return invalid
+                add_counts(here, p_row, count, left_out, of_class)
 
     return tile_statistics

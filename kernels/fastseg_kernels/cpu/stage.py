@@ -60,6 +60,7 @@ JOB = np.dtype(
         ("in_place", np.int64),  # 1: the gradient is computed where out lies
         ("sums", np.int64),  # address of float64 (samples, classes, blocks, columns)
         ("counts", np.int64),  # address of int64 (samples, classes, columns of the histograms)
+        ("slopes", np.int64),  # address of (samples, classes, voxels), of the type computed in
         ("words", np.int64),  # with softmax: address of int64 (parts, classes, words), zeros
         ("parts", np.int64),  # how many calls of the kernel have taken their part of the words
         ("coefficients", np.int64),  # address of float64 (samples, classes, coefficients)

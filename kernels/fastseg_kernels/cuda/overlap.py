@@ -114,6 +114,7 @@ def gradient(
     coefficients: Any,
     out: View,
     families: frozenset[str] = frozenset(),
+    slopes: Any = None,
 ) -> None:
     """Write dL/dlogits (or dL/dprobs) to ``out`` from the coefficients of every row.
 
@@ -121,7 +122,7 @@ def gradient(
     ``families``. One read of every operand and one write; ``out`` may be the logits themselves.
     """
     if problem.arrangement.activation == "softmax":
-        softmax.gradient(device, problem, coefficients, out, families)
+        softmax.gradient(device, problem, coefficients, out, families, slopes)
         return
     plan = _plan(problem.arrangement, out.layout)
     if plan.tasks == 0:

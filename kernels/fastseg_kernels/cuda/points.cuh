@@ -9,7 +9,7 @@ enum Targets { BINARY, SOFT, WEIGHTED };
 enum Activation { SIGMOID, PROBS };
 enum Families {
   OVERLAP = 1, BCE = 2, BCE_SPLIT = 4, HARD = 8, CE = 16, CE_UNIFORM = 32, OVERLAP_L1 = 64,
-  OVERLAP_SQUARED = 128, CURVE = 256, LOVASZ = 512
+  OVERLAP_SQUARED = 128, CURVE = 256, LOVASZ = 512, LABELS = 1024, SORTED = 2048
 };
 
 template <typename T, int TARGETS, int ACTIVATION, int FAMILIES = 0>
@@ -22,6 +22,7 @@ struct Variant {
   // With targets of 0 and 1 min(p, q) is p q: these sums then serve as those, and these slopes.
   static constexpr bool folded = l1 && binary && !probs;
   static constexpr bool curve = FAMILIES & CURVE, lovasz = FAMILIES & LOVASZ;
+  static constexpr bool labels = FAMILIES & LABELS;
   static constexpr bool products = overlap || squared || folded;
   static constexpr bool split = FAMILIES & BCE_SPLIT, bce = split || (FAMILIES & BCE);
   // Thread blocks that a multiprocessor is to hold at once while it adds up rows in place: by this
@@ -158,7 +159,7 @@ template <typename V, typename T = typename V::Real>
 __device__ __forceinline__ void add(Sums<T>& s, Voxel<T> v, T threshold) {
   ++s.count;
   const bool is_label = v.p == T(0) || v.p == T(1);
-  const bool valid = V::binary || V::lovasz ? is_label : v.p >= T(0) && v.p <= T(1);
+  const bool valid = V::binary || V::labels ? is_label : v.p >= T(0) && v.p <= T(1);
   const bool outside = V::probs && (v.x < T(0) || v.x > T(1)), is_target = v.p >= T(0.5);
   s.invalid += !valid || outside || (V::weighted && !(v.w >= T(0)));
   s.foreground += is_target;

@@ -17,6 +17,7 @@ struct Softmax {
   static constexpr bool l1 = FAMILIES & OVERLAP_L1, squared = FAMILIES & OVERLAP_SQUARED;
   static constexpr bool folded = l1 && INDEXED;  // as in points.cuh
   static constexpr bool curve = FAMILIES & CURVE, lovasz = FAMILIES & LOVASZ;
+  static constexpr bool labels = FAMILIES & LABELS;
   static constexpr bool bends = squared || lovasz || (l1 && !INDEXED);  // dL/dq depends on q
   static constexpr bool ce = FAMILIES & CE, uniform = FAMILIES & CE_UNIFORM;
   static constexpr bool logs = ce || uniform;
@@ -268,7 +269,7 @@ statistics_softmax(const __grid_constant__ Job job, double* __restrict__ sums,
             if (V::ce) s.ce += is_target ? nll[k] : T(0);
           } else {
             const T p = share_of<V>(job, v[k], c);
-            const bool valid = V::lovasz ? p == T(0) || p == T(1) : p >= T(0) && p <= T(1);
+            const bool valid = V::labels ? p == T(0) || p == T(1) : p >= T(0) && p <= T(1);
             s.invalid += v[k].kept && !valid;
             s.target += v[k].weight * p;
             s.inner += p * q;
