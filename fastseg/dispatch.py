@@ -61,9 +61,9 @@ class Backend(Protocol):
         """Write the gradient of a loss that is made of ``families`` to ``out``."""
 
     def sorted_slopes(
-        self, problem: Problem, sums: Any, coefficients: Any, batch: bool, with_slopes: bool
-    ) -> tuple[Any, Any]:
-        """Return what a Lovasz term that sorts adds to the value, (N, C) or (1, C), and its slopes.
+        self, problem: Problem, sums: Any, result: Evaluation, batch: bool, with_slopes: bool
+    ) -> tuple[Evaluation, Any]:
+        """Return an evaluation with the value of a Lovasz term that sorts, and its slopes.
 
         Slopes, which `gradient` adds, are None unless they are wanted.
         """

@@ -407,11 +407,7 @@ class Loss:
         if not self._sorting:
             return result, None
         batch = self._sorting[0].scope == "batch"
-        values, slopes = backend.sorted_slopes(
-            problem, sums, result.coefficients, batch, with_slopes
-        )
-        more = values if self.options.reduction == "none" else values.sum()
-        return result._replace(value=result.value + more), slopes
+        return backend.sorted_slopes(problem, sums, result, batch, with_slopes)
 
     def _problem(
         self, logits: Any, targets: Any, mask: Any, weight_map: Any

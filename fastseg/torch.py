@@ -31,6 +31,8 @@ class _Function(torch.autograd.Function):
         module: Loss,
     ) -> torch.Tensor:
         loss = module.loss
+        if loss._sorting:
+            return _sorted_forward(ctx, logits, targets, mask, module)
         s = loss.statistics(logits, targets, mask=mask, weight_map=weight_map, track=module.track)
         ctx.save_for_backward(logits, targets, mask, weight_map)
         ctx.loss, ctx.statistics = loss, s
@@ -42,11 +44,49 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.loss._sorting:
+            return _Scaled.apply(*ctx.saved_tensors, upstream, ctx), *(None,) * 4  # type: ignore[no-untyped-call]
         logits, targets, mask, weight_map = ctx.saved_tensors
         grad = _Gradient.apply(  # type: ignore[no-untyped-call]
             logits, upstream, targets, mask, weight_map, ctx.loss, ctx.statistics
         )
         return grad, None, None, None, None
+
+
+def _sorted_forward(
+    ctx: Any, logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None, module: Loss
+) -> torch.Tensor:
+    """Compute the value and the gradient of a loss that sorts, which has no sums to keep instead.
+
+    The gradient waits in float32 (or float64), as it is yet to be scaled.
+    """
+    loss, x = module.loss, logits.detach()
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    value, grad, s = loss.evaluate(
+        x, targets, mask=mask, track=module.track, out=torch.empty_like(x, dtype=wide)
+    )
+    module.last_statistics = s
+    ctx.save_for_backward(logits, grad)
+    ctx.loss, ctx.dtype = loss, logits.dtype
+    return value  # type: ignore[no-any-return]
+
+
+class _Scaled(torch.autograd.Function):
+    """A gradient that is known, times what comes from above; a node of the logits, as below."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, grad: torch.Tensor, upstream: torch.Tensor, made: Any
+    ) -> torch.Tensor:
+        if upstream.ndim > 0:  # (N, C)
+            layout = made.loss.options.layout
+            lead = [upstream.shape["NC".index(axis)] for axis in layout]
+            upstream = upstream.reshape(*lead, *(1,) * (grad.ndim - len(layout)))
+        return (grad * upstream).to(made.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
+        raise RuntimeError("fastseg losses can be differentiated once, not twice")
 
 
 class _Gradient(torch.autograd.Function):

@@ -256,3 +256,121 @@ def test_bad_lovasz_input(call, message):
     logits, targets = make((2, 3, 300))
     with pytest.raises(ValueError, match=message):
         call(logits, targets)
+
+
+# Sorting
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_the_sorted_hinge_is_the_references(dtype, scope):
+    logits, targets = make((2, 3, 41, 53), dtype)
+    targets[1, 2] = 0
+    for empty in ("formula", "skip"):
+        loss = fs.LovaszHinge(scope=scope, empty=empty)
+        value, grad = loss.value_and_grad(logits, targets)
+        expected, slope = hinge(logits.astype(np.float64), targets, scope, empty=empty)
+        assert loss(logits, targets) == value
+        np.testing.assert_allclose(value, expected, rtol=1e-12 if dtype is np.float64 else 2e-7)
+        rtol = {np.float16: 1e-3, np.float32: 1e-6, np.float64: 1e-12}[dtype]
+        if dtype is np.float32:  # 1 - x is rounded: errors that tie there need not be equal
+            off = np.abs(grad - slope) > rtol * np.abs(slope)
+            assert off.mean() < 0.02
+            np.testing.assert_allclose(grad, slope, rtol=5e-3)
+        else:
+            np.testing.assert_allclose(grad.astype(np.float64), slope, rtol=rtol, atol=1e-7)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("classes", ["present", "all", (0, 2)])
+def test_the_sorted_softmax_is_the_references(classes, scope):
+    logits, labels, one_hot = classes_of((2, 4, 17, 53), present=3)
+    loss = fs.LovaszSoftmax(scope=scope, classes=classes)
+    expected, slope = softmax(logits.astype(np.float64), one_hot, scope, classes)
+    for targets in (labels, labels.astype(np.uint8), one_hot.astype(np.float32)):
+        value, grad = loss.value_and_grad(logits, targets)
+        np.testing.assert_allclose(value, expected, rtol=3e-7)
+        np.testing.assert_allclose(grad, slope, rtol=0, atol=2e-3 * np.abs(slope).max())
+    value, grad = loss.value_and_grad(logits.astype(np.float64), labels)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    np.testing.assert_allclose(grad, slope, rtol=0, atol=1e-12 * np.abs(slope).max())
+
+
+def test_voxels_of_equal_errors_share():
+    logits, targets = np.zeros((1, 1, 700), np.float32), make((1, 1, 700))[1]
+    value, grad = fs.LovaszHinge().value_and_grad(logits, targets)
+    expected, slope = hinge(logits, targets)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(grad, slope, rtol=1e-6)
+    assert len(np.unique(grad)) == 2
+    quantised = np.round(make((2, 1, 5000))[0])
+    targets = make((2, 1, 5000))[1]
+    for scope in ("sample", "batch"):
+        grad = fs.LovaszHinge(scope=scope).value_and_grad(quantised, targets)[1]
+        _, slope = hinge(quantised.astype(np.float64), targets, scope)
+        np.testing.assert_allclose(grad, slope, rtol=1e-6)
+
+
+def test_sorting_takes_layouts_masks_scales_and_other_terms():
+    logits, targets = make((2, 3, 11, 23), np.float64, np.int16)
+    rng = np.random.default_rng(0)
+    mask = rng.random(logits.shape) < 0.7
+    targets[rng.random(logits.shape) < 0.1] = 255
+    dirty = np.where(mask, logits, np.nan)
+    loss = (0.5 * fs.LovaszHinge() + fs.BCE() + fs.SoftJaccard()).replace(ignore_index=255)
+    keep = mask & (targets != 255)
+    expected, slope = hinge(logits, targets * keep, valid=keep)
+    others = (fs.BCE() + fs.SoftJaccard()).replace(ignore_index=255)
+    rest, rest_slope = others.value_and_grad(dirty, targets, mask=mask)
+    last = np.moveaxis(np.ascontiguousarray(np.moveaxis(dirty, 1, -1)), -1, 1)
+    for x in (dirty, np.asfortranarray(dirty), last, dirty[:, :, ::-1, ::-1][:, :, ::-1, ::-1]):
+        value, grad, s = loss.evaluate(x, targets, mask=mask, track=("hard",), grad_scale=8.0)
+        np.testing.assert_allclose(value, 0.5 * expected + rest, rtol=1e-12)
+        np.testing.assert_allclose(grad, 8 * (0.5 * slope + rest_slope), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(others.value(s), rest, rtol=1e-12)
+        assert s.jaccard_index() == fs.jaccard_index(dirty, targets, mask=mask, ignore_index=255)
+    over = dirty.copy()
+    assert loss.value_and_grad(over, targets, mask=mask, out=over)[1] is over
+    np.testing.assert_array_equal(over, loss.value_and_grad(dirty, targets, mask=mask)[1])
+
+
+def test_sorted_reductions_and_scaled_rows():
+    logits, targets = make((2, 3, 500), np.float64)
+    rows, _ = ref.lovasz_hinge(logits, targets)
+    got = fs.LovaszHinge(class_weights=(1.0, 0.5, 2.0)).replace(reduction="none")(logits, targets)
+    np.testing.assert_allclose(got, rows * [1.0, 0.5, 2.0], rtol=1e-12)
+    got = fs.LovaszHinge(classes=(0, 2)).replace(reduction="sum")(logits, targets)
+    np.testing.assert_allclose(got, rows[:, [0, 2]].sum(), rtol=1e-12)
+    scale = np.arange(6.0).reshape(2, 3)
+    loss = fs.LovaszHinge().replace(reduction="none")
+    grad = loss.value_and_grad(logits, targets, grad_scale=scale)[1]
+    _, slopes = ref.lovasz_hinge(logits, targets)
+    np.testing.assert_allclose(grad, slopes * scale[:, :, None], rtol=1e-12, atol=1e-15)
+
+
+def test_sorted_nan_is_nan_there_and_in_the_value():
+    logits, targets = make((2, 1, 300))
+    logits[0, 0, 7] = np.nan
+    value, grad = fs.LovaszHinge().value_and_grad(logits, targets)
+    assert np.isnan(value) and np.isnan(grad).sum() == 1 and np.isnan(grad[0, 0, 7])
+
+
+def test_sorting_is_refused_where_sums_are_needed():
+    logits, targets = make((1, 1, 300))
+    loss = fs.BCE() + fs.LovaszHinge()
+    s = fs.BCE().statistics(logits, targets)
+    for call in (
+        lambda: loss.statistics(logits, targets),
+        lambda: loss.value(s),
+        lambda: loss.gradient(logits, targets, s),
+        lambda: loss.term_values(s),
+        lambda: loss.bounds(s),
+    ):
+        with pytest.raises(TypeError, match=r"LovaszHinge\(\) sorts its voxels: give it bins=4096"):
+            call()
+    with pytest.raises(ValueError, match="one Lovasz term that sorts"):
+        (loss + fs.LovaszHinge(bins=1024))(logits, targets)
+    with pytest.raises(ValueError, match=r"targets must be 0 or 1, got 0\.5"):
+        loss(logits, np.where(targets, 0.5, 0.0))
+    nothing = fs.LovaszHinge().value_and_grad(logits, targets, mask=np.zeros(targets.shape, bool))
+    assert nothing[0] == 0 and not nothing[1].any()

@@ -255,3 +255,30 @@ def test_grad_scale_may_be_a_tensor(dtype):
     loss = fs.BCE()
     got = loss.value_and_grad(logits, targets, grad_scale=scale)[1]
     assert torch.equal(got, loss.value_and_grad(logits, targets, grad_scale=2.0)[1])
+
+
+@pytest.mark.parametrize("loss", [fs.LovaszHinge(), fs.BCE() + fs.LovaszHinge(scope="batch")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_that_sorts_is_differentiable(loss, dtype):
+    logits = torch.randn(2, 3, 7, 11, generator=torch.Generator().manual_seed(0))
+    logits = logits.to(dtype).requires_grad_()
+    targets = (torch.arange(2 * 3 * 77).reshape(2, 3, 7, 11) % 3 == 0).to(torch.uint8)
+    criterion = fastseg.torch.Loss(loss, track=("hard",))
+    value = criterion(logits, targets)
+    (1024 * value).backward()
+    expected, grad = loss.value_and_grad(logits.detach(), targets, grad_scale=1024.0)
+    assert value == expected and criterion.last_statistics.jaccard_index() > 0
+    torch.testing.assert_close(
+        logits.grad, grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0
+    )
+    with pytest.raises(RuntimeError, match="once, not twice"):
+        first = torch.autograd.grad(criterion(logits, targets), logits, create_graph=True)[0]
+        first.sum().backward()
+    rows = fastseg.torch.Loss(loss.replace(reduction="none")) if loss == fs.LovaszHinge() else None
+    if rows is not None:
+        logits.grad = None
+        scale = torch.arange(6.0).reshape(2, 3)
+        (scale * rows(logits, targets)).sum().backward()
+        other = loss.replace(reduction="none")
+        grad = other.value_and_grad(logits.detach(), targets, grad_scale=scale)[1]
+        torch.testing.assert_close(logits.grad, grad, rtol=1e-2, atol=1e-6)

@@ -171,6 +171,13 @@ SLOPE_FAMILIES = frozenset({"overlap_l1", "overlap_squared", "sorted"})
 """Families of sums whose gradient is code of its own in a kernel, which others do without."""
 
 
+@cache
+def coefficient_width(families: frozenset[str]) -> int:
+    """Return how many coefficients a row has in the gradient of a loss made of ``families``."""
+    bins = [HISTOGRAMS[f].bins for f in histograms(families) if f not in CURVES]
+    return COEFFICIENTS + (2 * bins[0] if bins else 2 if "sorted" in families else 0)
+
+
 def more_coefficients(terms: NDArray[np.float64]) -> int:
     """Return how many coefficients of a row a table of terms has beside these."""
     lovasz = terms[terms[:, TERM_FIELDS.index("kind")] == KINDS.index("lovasz")]

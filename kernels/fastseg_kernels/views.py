@@ -93,10 +93,15 @@ def merge_layouts(layouts: Iterable[Layout]) -> Geometry:
     return geometry
 
 
-def contiguous(shape: tuple[int, ...], dtype: str, item: int) -> Layout:
-    """Return the layout of a new C-contiguous array."""
-    strides, step = [], item
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(1, size)
-    return Layout(shape, tuple(reversed(strides)), dtype)
+def in_order_of(layout: Layout, dtype: str, item: int) -> Layout:
+    """Return the layout (N, C, *spatial) of a new array whose rows lie as those of another.
+
+    In the order, that is, in which `merge_axes` walks over both.
+    """
+    axes = range(2, len(layout.shape))
+    order = [0, 1, *sorted(axes, key=lambda axis: -abs(layout.strides[axis]))]
+    strides, step = [0] * len(layout.shape), item
+    for axis in reversed(order):
+        strides[axis] = step
+        step *= max(1, layout.shape[axis])
+    return Layout(layout.shape, tuple(strides), dtype)

@@ -75,6 +75,18 @@ def asarray(values: Any, dtype: Any = None) -> ndarray:
     return np.array(values, dtype).view(ndarray)
 
 
+def argsort(array: ndarray, axis: int = -1) -> ndarray:
+    return np.argsort(array.view(np.ndarray), axis=axis).view(ndarray)
+
+
+def take_along_axis(array: ndarray, order: ndarray, axis: int) -> ndarray:
+    return np.take_along_axis(array.view(np.ndarray), order.view(np.ndarray), axis).view(ndarray)
+
+
+def cumsum(array: ndarray, axis: int = -1) -> ndarray:
+    return np.cumsum(array.view(np.ndarray), axis=axis).view(ndarray)
+
+
 class Stream:
     """A stream by its address; `capturing` says that it is recorded into a graph."""
 

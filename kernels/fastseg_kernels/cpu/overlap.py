@@ -13,7 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from fastseg_kernels.constants import BASE_COLUMNS, COEFFICIENTS, HISTOGRAMS, columns
+from fastseg_kernels.constants import (
+    BASE_COLUMNS,
+    COEFFICIENTS,
+    HISTOGRAMS,
+    coefficient_width,
+    columns,
+)
 from fastseg_kernels.cpu.compiled import Kernel, function
 from fastseg_kernels.cpu.elementary import REALS, Real
 from fastseg_kernels.cpu.histograms import (
@@ -238,7 +244,7 @@ def _second_pass(variant: Variant, verb: str) -> Kernel:
         "sorted" in variant.families,
         np.dtype(T).itemsize,
     )
-    width = COEFFICIENTS + (2 * HISTOGRAMS[family].bins if family else 0)
+    width = coefficient_width(variant.families) if verb == "gradient" else COEFFICIENTS
     signed, words = make_signed(variant, real), words_of(family) if family else 1
 
     @function

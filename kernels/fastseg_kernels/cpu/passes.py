@@ -28,8 +28,8 @@ from fastseg_kernels.cpu.points import Variant
 from fastseg_kernels.cpu.softmax_stage import MOST_CLASSES, tile_load_kernel
 from fastseg_kernels.cpu.stage import EXCLUDED_INPUT, JOB, load_kernel, store_kernel
 from fastseg_kernels.cpu.threads import SHARED_FROM
-from fastseg_kernels.problem import Arrangement, Problem
-from fastseg_kernels.views import Geometry, Layout, View, contiguous, merge_layouts
+from fastseg_kernels.problem import Arrangement, Evaluation, Problem
+from fastseg_kernels.views import Geometry, Layout, View, in_order_of, merge_layouts
 
 
 class _Plan(NamedTuple):
@@ -266,11 +266,11 @@ def gradient(
 def sorted_slopes(
     problem: Problem,
     sums: NDArray[np.float64],
-    coefficients: NDArray[np.float64],
+    result: Evaluation,
     batch: bool,
     with_slopes: bool,
-) -> tuple[NDArray[np.float64], NDArray[Any] | None]:
-    """Sort the errors of a Lovasz term; return what it adds to the value, and its slopes.
+) -> tuple[Evaluation, NDArray[Any] | None]:
+    """Sort the errors of a Lovasz term; return the evaluation with its value, and its slopes.
 
     Parameters
     ----------
@@ -278,7 +278,7 @@ def sorted_slopes(
         Predictions and targets.
     sums
         What `statistics` returned.
-    coefficients
+    result
         What `evaluation.evaluate` made of a table with the term.
     batch
         Whether the samples are sorted together.
@@ -287,8 +287,8 @@ def sorted_slopes(
 
     Returns
     -------
-    values
-        float64 (N, C), or (1, C): the Lovasz extension of each row times its part in the loss.
+    result
+        With the term in the value.
     slopes
         dL/dlogits, or with softmax dL/dq: (N, C, voxels) of the type that is computed in.
     """
@@ -296,7 +296,7 @@ def sorted_slopes(
     samples, classes, *spatial = arrangement.shape
     real = np.dtype(arrangement.real)
     errors = np.empty((samples, classes, prod(spatial)), real)
-    layout = contiguous(arrangement.shape, arrangement.real, real.itemsize)
+    layout = in_order_of(arrangement.logits, arrangement.real, real.itemsize)
     plan = _plan(arrangement, layout)
     kernel = plan.module.errors_kernel(plan.variant)
     job = _take_job(plan, (*problem.addresses, _address(errors)))
@@ -305,8 +305,11 @@ def sorted_slopes(
     words[COEFFICIENT_TABLE] = _address(nothing)
     threads.run(kernel, address, plan.tasks, plan.share, (job, nothing, errors, problem))
     plan.free.append(job)
+    coefficients = result.coefficients
     factors = np.ascontiguousarray(coefficients[:, :, COEFFICIENTS + 1]) if with_slopes else None
     foreground = np.ascontiguousarray(sums[:, :, BASE_COLUMNS.index("targets_sum")])
     values = sorting.weigh(errors, foreground, batch, factors)
     parts = coefficients[: len(values), :, COEFFICIENTS]
-    return np.where(parts == 0.0, 0.0, parts * values), errors if with_slopes else None
+    more = np.where(parts == 0.0, 0.0, parts * values)
+    value = result.value + (more if result.value.shape == more.shape else more.sum())
+    return result._replace(value=value), errors if with_slopes else None

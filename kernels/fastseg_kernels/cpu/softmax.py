@@ -31,10 +31,10 @@ from functools import cache
 
 import numpy as np
 
-from fastseg_kernels.constants import COEFFICIENTS, HISTOGRAMS, columns
+from fastseg_kernels.constants import COEFFICIENTS, HISTOGRAMS, coefficient_width, columns
 from fastseg_kernels.cpu.compiled import Kernel, function
 from fastseg_kernels.cpu.elementary import REALS
-from fastseg_kernels.cpu.histograms import MOST_VOXELS, lovasz_family, make_counter
+from fastseg_kernels.cpu.histograms import MOST_VOXELS, make_counter
 from fastseg_kernels.cpu.intrinsics import (
     add_atomically,
     address_of,
@@ -181,8 +181,7 @@ def _second_pass(variant: Variant, verb: str) -> Kernel:
     size = np.dtype(T).itemsize
     p_length = BUFFER if "soft" in variant.targets else 1
     k_length = (COEFFICIENTS + 1) * MOST_CLASSES
-    family = lovasz_family(variant.families)
-    width = COEFFICIENTS + (2 * HISTOGRAMS[family].bins if family else 0)
+    width = coefficient_width(variant.families) if verb == "gradient" else COEFFICIENTS
     h_length = BUFFER if has_slopes(variant) else 1
     folded = "overlap_l1" in variant.families and "soft" not in variant.targets
     tile_gradient = make_tile_gradient(variant, real, verb == "errors")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastseg_kernels.constants import COEFFICIENTS, HISTOGRAMS
+from fastseg_kernels.constants import COEFFICIENTS, coefficient_width
 from fastseg_kernels.cpu.compiled import function, inlined, pasted
 from fastseg_kernels.cpu.elementary import Real
 from fastseg_kernels.cpu.histograms import ClassTile, lovasz_family, make_class_look_up
@@ -58,7 +58,7 @@ def make_tile_gradient(variant: Variant, real: Real, of_errors: bool = False) ->
     is_bent, family = has_slopes(variant), lovasz_family(variant.families)
     with_given = "sorted" in variant.families
     looked_up, look_up = family is not None, make_class_look_up(variant, real)
-    width = COEFFICIENTS + (2 * HISTOGRAMS[family].bins if family else 0)
+    width = coefficient_width(variant.families)
     walk, end_group = make_walk(variant, real, not is_bent), make_end_group(real)
     slope, bent = make_slope(variant, real), make_bent(variant, real)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastseg_kernels.cuda import evaluation, labels, logistic, overlap, updates
+from fastseg_kernels.cuda import evaluation, labels, logistic, overlap, sorting, updates
 from fastseg_kernels.cuda.runtime import CuPyDriver, CuPyMemory, Device, Memory, TorchMemory
 
 MEMORIES: dict[str, Callable[[int], Memory]] = {"cupy": CuPyMemory, "torch": TorchMemory}
@@ -22,6 +22,7 @@ class Backend(Device):
     gradient = overlap.gradient
     prepare = evaluation.prepare
     evaluate = evaluation.evaluate
+    sorted_slopes = sorting.sorted_slopes
     sigmoid = logistic.sigmoid
     count_labels = labels.count_labels
     state_like = updates.state_like

@@ -135,7 +135,7 @@ struct Work {
       row[SUM_FALSE_NEGATIVE_SUM] = 0.0;
       row[SUM_FALSE_POSITIVE_SUM] = row[SUM_SQUARED_ERROR_SUM];
     }
-    if (term[TERM_KIND] == KIND_LOVASZ) {  // NaN if a prediction is
+    if (term[TERM_KIND] == KIND_LOVASZ && term[TERM_BINS] != 0.0) {  // NaN if a prediction is
       const double undefined = counted(n, c, batch, (long long)term[TERM_HISTOGRAM]);
       row[SUM_FALSE_POSITIVE_SUM] = undefined > 0.0 ? __longlong_as_double(0x7ff8000000000000LL) : 0.0;
     }
@@ -294,7 +294,13 @@ __device__ double add_lovasz(const Work& w, const double* term, const double* we
     if (in_lines) part /= kept_in_line(w, term, weights, n, c);
     const bool constant = is_empty(term, row);  // the rule's score, whatever the errors are
     const double factor = constant ? 0.0 : term[TERM_WEIGHT] * part;
-    double value = lovasz(w, term, n, c, batch, row[SUM_TARGETS_SUM], factor, scan);
+    if (term[TERM_BINS] == 0.0) {  // it sorts, and is told its part
+      if (!constant && threadIdx.x == 0)
+        for (long long sample = n; sample < (batch ? samples : n + 1); ++sample)
+          w.add(sample, c, COEFFICIENTS, factor, factor * w.scale.of(sample, c));
+      if (!constant) continue;
+    }
+    double value = constant ? 0.0 : lovasz(w, term, n, c, batch, row[SUM_TARGETS_SUM], factor, scan);
     const double undefined = row[SUM_FALSE_POSITIVE_SUM];
     if (undefined != undefined) value = undefined;
     if (constant) value = term[TERM_EMPTY] == EMPTY_ONE ? 0.0 : 1.0;

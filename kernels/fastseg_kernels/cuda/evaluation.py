@@ -7,7 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastseg_kernels.constants import COEFFICIENTS, DTYPE_CODES, PICKED, REDUCTIONS, TERM_FIELDS
+from fastseg_kernels.constants import (
+    COEFFICIENTS,
+    DTYPE_CODES,
+    PICKED,
+    REDUCTIONS,
+    more_coefficients,
+)
 from fastseg_kernels.cuda.modules import TABLE_NUMBERS
 from fastseg_kernels.cuda.runtime import Device
 from fastseg_kernels.problem import Evaluation
@@ -38,7 +44,7 @@ def prepare(
     """Make a table of terms; as `fastseg_kernels.cpu.evaluation.prepare`."""
     record: Any = np.zeros(1, TABLE)
     record["columns"] = columns
-    width = COEFFICIENTS + 2 * int(terms[:, TERM_FIELDS.index("bins")].max(initial=0))
+    width = COEFFICIENTS + more_coefficients(terms)
     numbers = np.concatenate([terms.reshape(-1), class_weights.reshape(-1)])
     if numbers.size > TABLE_NUMBERS:
         return Table(record, numbers, len(terms), reduction, width)

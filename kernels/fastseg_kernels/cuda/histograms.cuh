@@ -8,6 +8,7 @@
 
 // By value; what of it is used, the families of a variant say.
 struct Counting {
+  const void* slopes;                 // (samples, classes, voxels) of a term that sorts
   unsigned long long* counts;         // (samples, classes, columns)
   long long columns;                  // of a row
   long long first;                    // column where those of errors begin

@@ -13,6 +13,7 @@ from fastseg_kernels.cuda.runtime import Device
 
 COUNTING = np.dtype(
     [
+        ("slopes", np.int64),
         ("counts", np.int64),
         ("columns", np.int64),
         ("first", np.int64),
@@ -35,6 +36,15 @@ def counting(families: frozenset[str]) -> NDArray[Any]:
             record["lowest"] = histogram.lowest
             record["octave_bits"] = (histogram.bins // OCTAVES).bit_length() - 1
         record["columns"] += histogram.width
+    return record  # type: ignore[no-any-return]
+
+
+def with_slopes(families: frozenset[str], address: int) -> NDArray[Any]:
+    """Return the record of a gradient, which adds the slopes at an address if it is not 0."""
+    record: Any = counting(families)
+    if address != 0:
+        record = record.copy()
+        record["slopes"] = address
     return record  # type: ignore[no-any-return]
 
 

@@ -272,7 +272,7 @@ widen_counts(const unsigned long long* __restrict__ counts, long long columns,
 template <typename V>
 __device__ __forceinline__ const double* of_row(const double* coefficients, long long row,
                                                 const Counting& counting) {
-  return coefficients + row * (COEFFICIENTS + (V::lovasz ? 2 * counting.bins : 0));
+  return coefficients + row * (COEFFICIENTS + (V::lovasz ? 2 * counting.bins : V::sorted ? 2 : 0));
 }
 
 template <typename V, typename T = typename V::Real>
@@ -285,11 +285,12 @@ __device__ __forceinline__ void read_coefficients(const double* exact, T* k) {
   }
 }
 
-// dL/dx of a voxel. exact: the coefficients of its row; k: those that are no bins'.
+// dL/dx of a voxel, `number` of all. exact: the coefficients of its row; k: those that are no bins'.
 template <typename V, bool QUICK, typename T = typename V::Real>
 __device__ __forceinline__ T gradient_of(Voxel<T> v, const T* k, const double* exact,
-                                         const Counting& counting) {
+                                         const Counting& counting, long long number) {
   const T value = slope<V, QUICK>(v, k);
+  if (V::sorted) return value + static_cast<const T*>(counting.slopes)[number];
   if (!V::lovasz) return value;
   const bool positive = v.p != T(0);
   const T of_error = slope_of_error(counting, exact + COEFFICIENTS, hinge_error(v.x, positive), positive);
@@ -326,12 +327,15 @@ gradient_in_place(const __grid_constant__ Job job, const double* __restrict__ co
         Four<E> gs;
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-          narrow(gradient_of<V, QUICK>(plain_voxel<T>(xs.element[j], ps.element[j]), k, exact, counting),
+          narrow(gradient_of<V, QUICK>(plain_voxel<T>(xs.element[j], ps.element[j]), k, exact, counting,
+                                       run.row * job.voxels + i + j),
                  gs.element[j]);
         write_four(out + i, gs);
       } else {
         for (long long j = i; j < i + 4 && j < run.end; ++j)
-          narrow(gradient_of<V, QUICK>(plain_voxel<T>(x[j], p[j]), k, exact, counting), out[j]);
+          narrow(gradient_of<V, QUICK>(plain_voxel<T>(x[j], p[j]), k, exact, counting,
+                                       run.row * job.voxels + j),
+                 out[j]);
       }
     }
   }
@@ -352,8 +356,28 @@ gradient_anywhere(const __grid_constant__ Job job, const double* __restrict__ co
       const Place at = row.voxel(job, I(i));
       const Voxel<T> v = read_voxel<V>(job, at);
       // Exactly 0 where the voxel is left out, also where a coefficient is not finite.
-      const T g = v.left_out ? T(0) : gradient_of<V, false>(v, k, exact, counting);
+      const long long number = run.row * job.voxels + i;
+      const T g = v.left_out ? T(0) : gradient_of<V, false>(v, k, exact, counting, number);
       write_real(job.out.address + at.out, job.out.code, g);
+    }
+  }
+}
+
+// Writes the errors of the Lovasz hinge, (samples, classes, voxels): the sign bit is set for foreground;
+// 0 stands for no error, and for what is left out. grid: at most the tasks; block: THREADS.
+template <typename V, typename I>
+__global__ void __launch_bounds__(THREADS, 1)
+errors_anywhere(const __grid_constant__ Job job, typename V::Real* __restrict__ errors) {
+  typedef typename V::Real T;
+  for (unsigned number = blockIdx.x; number < job.tasks; number += gridDim.x) {
+    const Run run(job, number);
+    const Place row(job, run.n, run.c);
+    for (long long i = run.first + threadIdx.x; i < run.end; i += THREADS) {
+      const Voxel<T> v = read_voxel<V>(job, row.voxel(job, I(i)));
+      const bool positive = v.p != T(0);
+      const T error = hinge_error(v.x, positive);
+      const T size = v.left_out || error < T(0) ? T(0) : error;
+      errors[run.row * job.voxels + i] = positive ? -size : size;
     }
   }
 }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastseg_kernels.constants import FLOAT_DTYPES, TARGETS_AS_STORED, columns, slope_families
 from fastseg_kernels.cuda import softmax
-from fastseg_kernels.cuda.histograms import add_up, counting, make_counts
+from fastseg_kernels.cuda.histograms import add_up, make_counts, with_slopes
 from fastseg_kernels.cuda.job import OPERANDS, Jobs, counter, is_run, make_job
 from fastseg_kernels.cuda.modules import TYPES, flags
 from fastseg_kernels.cuda.runtime import Device
@@ -130,4 +131,17 @@ def gradient(
     grid, of_rows = device.grid(plan.tasks), device.memory.address(coefficients)
     addresses = (*problem.addresses, out.address)
     name = _name(plan, "gradient", families)
-    plan.jobs.launch(device, FILE, name, grid, addresses, of_rows, counting(families))
+    record = with_slopes(families, 0 if slopes is None else device.memory.address(slopes))
+    plan.jobs.launch(device, FILE, name, grid, addresses, of_rows, record)
+
+
+def errors(device: Device, problem: Problem) -> Any:
+    """Return the errors of the Lovasz hinge, as `sorting` takes them: (N, C, voxels)."""
+    plan, arrangement = _plan(problem.arrangement, None), problem.arrangement
+    samples, classes, *spatial = arrangement.shape
+    array = device.empty((samples, classes, prod(spatial)), arrangement.real)
+    if plan.tasks > 0:
+        name = f"errors_anywhere<Variant<{plan.variant}, 0>, {counter(prod(spatial))}>"
+        grid, of_errors = device.grid(plan.tasks), device.memory.address(array)
+        plan.jobs.launch(device, FILE, name, grid, problem.addresses, of_errors)
+    return array

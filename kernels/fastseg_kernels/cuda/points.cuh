@@ -22,7 +22,7 @@ struct Variant {
   // With targets of 0 and 1 min(p, q) is p q: these sums then serve as those, and these slopes.
   static constexpr bool folded = l1 && binary && !probs;
   static constexpr bool curve = FAMILIES & CURVE, lovasz = FAMILIES & LOVASZ;
-  static constexpr bool labels = FAMILIES & LABELS;
+  static constexpr bool labels = FAMILIES & LABELS, sorted = FAMILIES & SORTED;
   static constexpr bool products = overlap || squared || folded;
   static constexpr bool split = FAMILIES & BCE_SPLIT, bce = split || (FAMILIES & BCE);
   // Thread blocks that a multiprocessor is to hold at once while it adds up rows in place: by this

@@ -44,6 +44,12 @@ class Memory(Protocol):
     def address(self, array: Any) -> int:
         """Return where an array lies."""
 
+    def descending(self, array: Any) -> tuple[Any, Any]:
+        """Return each row in descending order, and where each number was, int64."""
+
+    def cumulative(self, array: Any) -> Any:
+        """Return the sums of each row up to each number, int64."""
+
     def to_host(self, array: Any, stream: Any = None) -> NDArray[Any]:
         """Copy an array to the host on a stream, the current one for None, and wait for it."""
 
@@ -202,6 +208,17 @@ class CuPyMemory:
         """Return the device pointer."""
         return int(array.data.ptr)
 
+    def descending(self, array: Any) -> tuple[Any, Any]:
+        """Sort by CuPy."""
+        with self._cupy.cuda.Device(self.index):
+            order = self._cupy.argsort(-array, axis=1)
+            return self._cupy.take_along_axis(array, order, axis=1), order
+
+    def cumulative(self, array: Any) -> Any:
+        """Add up by CuPy."""
+        with self._cupy.cuda.Device(self.index):
+            return self._cupy.cumsum(array, axis=1)
+
     def to_host(self, array: Any, stream: Any = None) -> NDArray[Any]:
         """Copy and wait."""
         return np.asarray(array.get(stream=stream or self._current()))
@@ -249,6 +266,15 @@ class TorchMemory:
     def address(self, array: Any) -> int:
         """Return the device pointer."""
         return int(array.data_ptr())
+
+    def descending(self, array: Any) -> tuple[Any, Any]:
+        """Sort by PyTorch."""
+        sizes, order = self._torch.sort(array, dim=1, descending=True)
+        return sizes, order
+
+    def cumulative(self, array: Any) -> Any:
+        """Add up by PyTorch."""
+        return self._torch.cumsum(array, dim=1)
 
     def to_host(self, array: Any, stream: Any = None) -> NDArray[Any]:
         """Copy and wait."""

@@ -17,8 +17,8 @@ struct Softmax {
   static constexpr bool l1 = FAMILIES & OVERLAP_L1, squared = FAMILIES & OVERLAP_SQUARED;
   static constexpr bool folded = l1 && INDEXED;  // as in points.cuh
   static constexpr bool curve = FAMILIES & CURVE, lovasz = FAMILIES & LOVASZ;
-  static constexpr bool labels = FAMILIES & LABELS;
-  static constexpr bool bends = squared || lovasz || (l1 && !INDEXED);  // dL/dq depends on q
+  static constexpr bool labels = FAMILIES & LABELS, sorted = FAMILIES & SORTED;
+  static constexpr bool bends = squared || lovasz || sorted || (l1 && !INDEXED);  // dL/dq depends on q
   static constexpr bool ce = FAMILIES & CE, uniform = FAMILIES & CE_UNIFORM;
   static constexpr bool logs = ce || uniform;
   // Columns of the statistics, in the order of constants.columns.
@@ -354,11 +354,12 @@ struct Pulls {
 // h_c = dL/dq_c; q and rest = 1 - q are used where it depends on them.
 template <typename V, typename T>
 __device__ __forceinline__ T slope_of(const Pulls<T>& k, const double* table,
-                                      const Counting& counting, T p, T q, T rest) {
+                                      const Counting& counting, T given, T p, T q, T rest) {
   const T linear = k.on * p + k.off * (T(1) - p);
   if (!V::bends) return linear;
   const T of_form[COEFFICIENTS] = {0, 0, 0, 0, k.below, k.above, k.square};
   const T value = linear + bent<V>(p * rest - (T(1) - p) * q, of_form);
+  if (V::sorted) return value + given;
   if (!V::lovasz) return value;
   const bool positive = p != T(0);
   const T of_error = slope_of_error(counting, table, positive ? rest : q, positive);
@@ -373,7 +374,7 @@ gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coe
                  const __grid_constant__ Counting counting) {
   typedef typename V::Real T;
   __shared__ Pulls<T> pulls[SOFTMAX_CLASSES];
-  const long long width = COEFFICIENTS + (V::lovasz ? 2 * counting.bins : 0);
+  const long long width = COEFFICIENTS + (V::lovasz ? 2 * counting.bins : V::sorted ? 2 : 0);
   const double* exact = coefficients;  // of the sample
   unsigned of_sample = 0xffffffffu;
   for (unsigned turn = blockIdx.x; turn < job.tasks; turn += gridDim.x) {
@@ -399,6 +400,10 @@ gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coe
     for (long long i = first + threadIdx.x; i < end; i += THREADS) {
       Held<T> v;
       find<V, E, P, I>(job, sample, i, end, v);
+      const auto given = [&](long long c) {
+        if (!V::sorted) return T(0);
+        return static_cast<const T*>(counting.slopes)[(n * job.classes + c) * job.voxels + i];
+      };
       int top_class = 0;
       T strongest = T(0);  // of the a_c p_c of soft targets
       for (long long c = 0; c < job.classes; ++c) {
@@ -414,7 +419,7 @@ gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coe
       }
       refer(v);
       const T share_of_top = V::indexed ? T(v.target == top_class) : share_of<V>(job, v, top_class);
-      T h_top = V::bends ? T(0) : slope_of<V>(pulls[top_class], table_of(top_class), counting, share_of_top, T(0), T(0));
+      T h_top = V::bends ? T(0) : slope_of<V>(pulls[top_class], table_of(top_class), counting, given(top_class), share_of_top, T(0), T(0));
       T rest = T(0), ties = T(0), mean = T(0), pull = T(0), equal = T(0);
       for (long long begin = 0; begin < job.classes; begin += CLASSES_AT_ONCE) {
         T group = T(0), of_mean = T(0), of_pull = T(0);
@@ -424,7 +429,7 @@ gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coe
           group += is_top ? T(0) : e;
           ties += is_top ? T(1) : T(0);
           const T p = V::indexed ? T(v.target == c) : share_of<V>(job, v, c);
-          if (!V::bends) of_mean = fused(e, slope_of<V>(pulls[c], table_of(c), counting, p, T(0), T(0)) - h_top, of_mean);
+          if (!V::bends) of_mean = fused(e, slope_of<V>(pulls[c], table_of(c), counting, given(c), p, T(0), T(0)) - h_top, of_mean);
           if (!V::indexed) {
             const T its = pulls[c].own * p;
             of_pull += its == strongest ? T(0) : its;
@@ -439,14 +444,14 @@ gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coe
       v.left = fused(ties - T(1), v.largest, rest);
       v.scaled = T(1) / (v.left + v.largest);
       if (V::bends) {  // another walk, with q known
-        h_top = slope_of<V>(pulls[top_class], table_of(top_class), counting, share_of_top, v.largest * v.scaled, v.left * v.scaled);
+        h_top = slope_of<V>(pulls[top_class], table_of(top_class), counting, given(top_class), share_of_top, v.largest * v.scaled, v.left * v.scaled);
         for (long long begin = 0; begin < job.classes; begin += CLASSES_AT_ONCE) {
           T of_mean = T(0);
           for (long long c = begin; c < begin + CLASSES_AT_ONCE && c < job.classes; ++c) {
             const T e = exponential(v, logit_of<V, E>(job, v, c));
             const T p = V::indexed ? T(v.target == c) : share_of<V>(job, v, c);
             const T rest = (v.left + (v.largest - e)) * v.scaled;
-            of_mean = fused(e, slope_of<V>(pulls[c], table_of(c), counting, p, e * v.scaled, rest) - h_top, of_mean);
+            of_mean = fused(e, slope_of<V>(pulls[c], table_of(c), counting, given(c), p, e * v.scaled, rest) - h_top, of_mean);
           }
           mean += of_mean;
         }
@@ -456,7 +461,7 @@ gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coe
         const T x = logit_of<V, E>(job, v, c), e = exponential(v, x), q = e * v.scaled;
         const T p = V::indexed ? T(v.target == c) : share_of<V>(job, v, c);
         const T wrong = (v.left + (v.largest - e)) * v.scaled;
-        const T h = slope_of<V>(pulls[c], table_of(c), counting, p, q, wrong);
+        const T h = slope_of<V>(pulls[c], table_of(c), counting, given(c), p, q, wrong);
         T here = pulls[c].own * p, there;
         if (V::indexed) there = v.target == c ? T(0) : strongest;
         else if (here == strongest) there = pull + (equal - T(1)) * strongest;
@@ -465,6 +470,48 @@ gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coe
         const T value = q * (region + (there + pulls[c].others)) - (here + pulls[c].all) * wrong;
         const T g = v.used ? v.weight * value : T(0);
         write_real(job.out.address + v.out + c * job.out.stride_c, job.out.code, g);
+      }
+    }
+  }
+}
+
+// Writes abs(p - q), (samples, classes, voxels), as errors_anywhere. grid: at most the tasks; block:
+// THREADS.
+template <typename V, typename E, typename P, typename I>
+__global__ void __launch_bounds__(THREADS, 1)
+errors_softmax(const __grid_constant__ Job job, typename V::Real* __restrict__ errors) {
+  typedef typename V::Real T;
+  for (unsigned number = blockIdx.x; number < job.tasks; number += gridDim.x) {
+    const unsigned in_row = unsigned(job.row_tasks), n = number / in_row;
+    const long long first = number % in_row * job.task_voxels;
+    const long long end = first + job.task_voxels < job.voxels ? first + job.task_voxels : job.voxels;
+    const Place sample(job, n, 0);
+    for (long long i = first + threadIdx.x; i < end; i += THREADS) {
+      Held<T> v;
+      find<V, E, P, I>(job, sample, i, end, v);
+      for (long long c = 0; c < job.classes; ++c) {
+        const T x = logit_of<V, E>(job, v, c);
+        if (c == 0 || x > v.top) v.top = x;
+      }
+      refer(v);
+      T rest = T(0), ties = T(0);
+      for (long long begin = 0; begin < job.classes; begin += CLASSES_AT_ONCE) {
+        T group = T(0);
+        for (long long c = begin; c < begin + CLASSES_AT_ONCE && c < job.classes; ++c) {
+          const T x = logit_of<V, E>(job, v, c);
+          group += x == v.top ? T(0) : exponential(v, x);
+          ties += x == v.top ? T(1) : T(0);
+        }
+        rest += group;
+      }
+      v.left = fused(ties - T(1), v.largest, rest);
+      v.scaled = T(1) / (v.left + v.largest);
+      for (long long c = 0; c < job.classes; ++c) {
+        const T e = exponential(v, logit_of<V, E>(job, v, c));
+        const bool positive = V::indexed ? v.target == c : share_of<V>(job, v, c) != T(0);
+        const T error = (positive ? v.left + (v.largest - e) : e) * v.scaled;
+        const T size = v.kept ? error : T(0);
+        errors[(n * job.classes + c) * job.voxels + i] = positive ? -size : size;
       }
     }
   }

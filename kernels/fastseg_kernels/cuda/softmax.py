@@ -7,7 +7,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from fastseg_kernels.constants import columns, histograms, slope_families
-from fastseg_kernels.cuda.histograms import add_up, counting, make_counts
+from fastseg_kernels.cuda.histograms import add_up, make_counts, with_slopes
 from fastseg_kernels.cuda.job import MOST_ROW_TASKS, OPERANDS, Jobs, counter, is_run, make_job
 from fastseg_kernels.cuda.modules import SOFTMAX_CLASSES, THREADS, TYPES, flags
 from fastseg_kernels.cuda.runtime import Device
@@ -95,7 +95,12 @@ def statistics(device: Device, problem: Problem, families: frozenset[str]) -> An
 
 
 def gradient(
-    device: Device, problem: Problem, coefficients: Any, out: View, families: frozenset[str]
+    device: Device,
+    problem: Problem,
+    coefficients: Any,
+    out: View,
+    families: frozenset[str],
+    slopes: Any = None,
 ) -> None:
     """Write dL/dlogits to ``out``, as `overlap.gradient`."""
     plan = _plan(problem.arrangement, out.layout)
@@ -104,5 +109,18 @@ def gradient(
     of_rows, addresses = device.memory.address(coefficients), (*problem.addresses, out.address)
     variant = f"Softmax<{plan.variant}, {flags(slope_families(families))}>"
     name = f"gradient_softmax<{variant}, {plan.arguments}>"
-    grid, record = device.grid(plan.tasks), counting(families)
+    grid = device.grid(plan.tasks)
+    record = with_slopes(families, 0 if slopes is None else device.memory.address(slopes))
     plan.jobs.launch(device, FILE, name, grid, addresses, of_rows, record)
+
+
+def errors(device: Device, problem: Problem) -> Any:
+    """Return abs(p - q), as `sorting` takes it: (N, C, voxels)."""
+    plan, arrangement = _plan(problem.arrangement, None), problem.arrangement
+    samples, classes, *spatial = arrangement.shape
+    array = device.empty((samples, classes, prod(spatial)), arrangement.real)
+    if plan.tasks > 0:
+        name = f"errors_softmax<Softmax<{plan.variant}>, {plan.arguments}>"
+        grid, of_errors = device.grid(plan.tasks), device.memory.address(array)
+        plan.jobs.launch(device, FILE, name, grid, problem.addresses, of_errors)
+    return array
