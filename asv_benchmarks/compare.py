@@ -111,6 +111,25 @@ def compare_classes(
     return rows
 
 
+def compare_lovasz(size: int, rounds: int, notes: list[str]) -> list[dict[str, Any]]:
+    """Time the value and the gradient of the Lovász losses, sorted and counted in bins."""
+    rows = []
+    for name, of_bins, peer, make in (
+        (f"hinge, 2x1x{size}³", fs.LovaszHinge, peers.lovasz_hinge, volume),
+        (f"softmax, 1x4x{size}³", fs.LovaszSoftmax, peers.lovasz_softmax, classes),
+    ):
+        arrays = volume("float32", size, "uint8") if make is volume else classes(4, size)
+        calls = loss_calls(of_bins(scope="batch"), {"PyTorch": peer}, arrays, name, notes)
+        counted = loss_calls(of_bins(scope="batch", bins=4096), {}, arrays, name, notes)
+        calls["bins"] = counted["fastseg"]
+        difference = abs(float(calls["bins"]()) / float(calls["fastseg"]()) - 1.0)
+        notes.append(f"Lovász {name}: bins=4096 differs from sorting by {difference:.1e}")
+        rows.append({"volume": name, "seconds": interleaved(calls, rounds)})
+        calls.clear()
+        make.cache_clear()
+    return rows
+
+
 def extra_memory(name: str, count: int, size: int) -> int:
     """Return the bytes that a call adds to the peak of a process, as its parent sees it.
 
@@ -345,6 +364,24 @@ def class_table(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def lovasz_table(rows: list[dict[str, Any]]) -> str:
+    """Show the Lovász losses: a peer that sorts over both ways, and their times."""
+    head = ["Value and gradient, Lovász", "PyTorch / sorted", "PyTorch / bins=4096"]
+    return table(
+        [*head, "sorted", "bins=4096"],
+        [
+            [
+                row["volume"],
+                ratio(row["seconds"], "PyTorch"),
+                ratio(row["seconds"], "PyTorch", "bins"),
+                shown(row["seconds"]["fastseg"]),
+                shown(row["seconds"]["bins"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
 def adam_table(rows: list[dict[str, Any]]) -> str:
     """Show Adam in the same order, and the bytes that fastseg moves."""
     head = ["Adam step, float32", "torch fused / fastseg", "torch foreach / fastseg"]
@@ -398,12 +435,13 @@ def main() -> None:
     result["losses"] = compare_losses(sizes, rounds, notes)
     several = ((4, 64),) if options.quick else ((4, 128), (16, 128))
     result["classes"] = compare_classes(several, rounds, notes)
+    result["lovasz"] = compare_lovasz(64 if options.quick else 128, min(rounds, 7), notes)
     result["adam"] = compare_adam(lists, rounds)
     result["calls"] = call_overheads()
     result["first"] = starts(1 if options.quick else 5)
     print(result["machine"], end="\n\n")
     print(loss_table(result["losses"]), class_table(result["classes"]), sep="\n\n", end="\n\n")
-    print(adam_table(result["adam"]), end="\n\n")
+    print(lovasz_table(result["lovasz"]), adam_table(result["adam"]), sep="\n\n", end="\n\n")
     print(small_table(result["calls"], result["first"]))
     if notes:
         print("", *(f"- {note}" for note in notes), sep="\n")

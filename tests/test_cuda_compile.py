@@ -77,6 +77,7 @@ def softmax(verb: str, real: str) -> list[str]:
         f"{verb}_softmax<Softmax<{real}, true, false, {usual}>, {held}{plain}>",
         f"{verb}_softmax<Softmax<{real}, false, true, {every}>, {held}{any_other}>",
         f"{verb}_softmax<Softmax<{real}, true, false, {counted}>, {held}{plain}>",
+        *([] if held else [f"errors_softmax<Softmax<{real}, false, true>, {any_other}>"]),
     ]
 
 
@@ -129,9 +130,22 @@ GROUPS = {
     ),
     "gradient, histograms": Group(
         "overlap.cu",
-        [*in_place("gradient", "float", "LOVASZ"), *anywhere("gradient", f"LOVASZ | {FORMS}")],
+        [
+            *in_place("gradient", "float", "LOVASZ", "SORTED"),
+            *anywhere("gradient", f"LOVASZ | {FORMS}"),
+        ],
         96,
     ),
+    "sorting": Group(
+        "sorting.cu",
+        [
+            f"{kernel}<{real}>"
+            for kernel in ("write_sizes", "write_labels", "weigh", "add_extensions")
+            for real in ("float", "double")
+        ],
+        96,
+    ),
+    "errors": Group("overlap.cu", anywhere("errors", "0"), 80),
     "sum of tasks": Group("overlap.cu", ["add_tasks", "widen_counts"], 64),
     "evaluation": Group("evaluation.cu", ["evaluate"], 248),
     "gradient in place": Group("overlap.cu", in_place("gradient", "float", "0"), 40),

@@ -95,6 +95,41 @@ def monai_softmax(arrays: Volume) -> Call:
     return _value_and_grad(lambda x, y: loss(x, y[:, None]), arrays, labels=True)
 
 
+def _lovasz(torch: Any, errors: Any, truth: Any) -> Any:
+    """Return the Lovász extension as Berman's code and its copies have it: sort, cumsum, diff."""
+    errors, order = errors.sort(descending=True)
+    truth = truth[order]
+    total = truth.sum()
+    loss = 1.0 - (total - truth.cumsum(0)) / (total + (1.0 - truth).cumsum(0))
+    return (errors * torch.cat([loss[:1], loss[1:] - loss[:-1]])).sum()
+
+
+def lovasz_hinge(arrays: Volume) -> Call:
+    """Return forward and backward of the Lovász hinge over the batch."""
+    torch = torch_module()
+
+    def loss(logits: Any, targets: Any) -> Any:
+        x, p = logits.reshape(-1), targets.reshape(-1)
+        return _lovasz(torch, torch.relu(1.0 - x * (2.0 * p - 1.0)), p)
+
+    return _value_and_grad(loss, arrays)
+
+
+def lovasz_softmax(arrays: Volume) -> Call:
+    """Return forward and backward of the Lovász softmax over the batch, all classes present."""
+    torch = torch_module()
+
+    def loss(logits: Any, labels: Any) -> Any:
+        probs, y = torch.softmax(logits, 1), labels.reshape(-1)
+        losses = []
+        for c in range(logits.shape[1]):
+            truth = (y == c).float()
+            losses.append(_lovasz(torch, (truth - probs[:, c].reshape(-1)).abs(), truth))
+        return torch.stack(losses).mean()
+
+    return _value_and_grad(loss, arrays, labels=True)
+
+
 def adam(params: list[np.ndarray], grads: list[np.ndarray], implementation: str) -> Call:
     """Return a step of torch.optim.Adam on copies; ``implementation`` is "fused" or "foreach"."""
     torch = torch_module()

@@ -29,7 +29,7 @@ __device__ __forceinline__ bool is_negative(double x) { return __double_as_longl
 // Writes what is sorted: the size of each error, and -1 where it is NaN.
 // grid: at most groups * tasks; block: THREADS. sizes: (groups, length).
 template <typename T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 write_sizes(const __grid_constant__ Groups groups, const T* __restrict__ errors, T* __restrict__ sizes) {
   for (long long task = blockIdx.x; task < groups.number * groups.tasks; task += gridDim.x) {
     const long long group = task / groups.tasks, first = task % groups.tasks * groups.task_length;
@@ -43,7 +43,7 @@ write_sizes(const __grid_constant__ Groups groups, const T* __restrict__ errors,
 
 // Writes 1 for each foreground voxel, in the order of sizes; they are summed up by the array library.
 template <typename T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 write_labels(const __grid_constant__ Groups groups, const T* __restrict__ errors,
              const long long* __restrict__ order, long long* __restrict__ labels) {
   for (long long task = blockIdx.x; task < groups.number * groups.tasks; task += gridDim.x) {
@@ -82,7 +82,7 @@ __device__ __forceinline__ long long first_at_most(const T* sizes, long long las
 // errors by slopes if `factors`, (samples, classes, width) from a column on, is not null.
 // sizes, order, foreground (how many up to an element): (groups, length). targets_sum: as factors.
 template <typename T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 weigh(const __grid_constant__ Groups groups, T* errors, const T* __restrict__ sizes,
       const long long* __restrict__ order, const long long* __restrict__ foreground,
       const double* __restrict__ targets_sum, long long sums_width,
@@ -132,7 +132,7 @@ weigh(const __grid_constant__ Groups groups, T* errors, const T* __restrict__ si
 // Adds the extensions of the groups, times their parts in the loss, to the value: one, or (samples,
 // classes). parts: (samples, classes, width) from a column on. A group with a NaN is NaN. grid: 1.
 template <typename T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 add_extensions(const __grid_constant__ Groups groups, const T* __restrict__ sizes,
                const double* __restrict__ sums, const double* __restrict__ parts, long long width,
                bool by_row, bool single, void* value) {
