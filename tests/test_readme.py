@@ -1,4 +1,4 @@
-"""The README's code runs as printed, and its commands are where CI looks for them."""
+"""The code of the README and of docs/losses.md runs as printed; commands are where CI looks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+PAGES = TEXT + (ROOT / "docs" / "losses.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGES, re.DOTALL)
 
 
 def test_there_is_code():
