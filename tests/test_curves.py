@@ -10,8 +10,10 @@ from fastseg_kernels.reference import jaccard_curve, softmax
 BCE = fs.BCE()
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
-@pytest.mark.parametrize("target", [np.uint8, np.int64, np.float32])
+@pytest.mark.parametrize(
+    ("dtype", "target"),
+    [(np.float32, np.uint8), (np.float64, np.float32), (np.float16, np.int64)],
+)
 def test_scores_at_every_threshold_of_logits_are_those_of_the_hard_index(dtype, target):
     logits, targets = make((2, 3, 41, 53), dtype, target)
     logits[0, 0, 0] = np.linspace(-20, 20, 53)  # beyond both ends, and on edges

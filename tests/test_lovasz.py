@@ -76,7 +76,7 @@ def test_bins_of_the_hinge_come_close_to_sorting(dtype, scope):
     assert scope == "batch" or not grad[1, 2].any()
 
 
-@pytest.mark.parametrize("bins", LOVASZ_BINS)
+@pytest.mark.parametrize("bins", LOVASZ_BINS[::3])
 def test_the_more_bins_the_closer(bins):
     logits, targets = make((1, 1, 9000))
     loss = fs.LovaszHinge(bins=bins)

@@ -2,7 +2,7 @@
 
     python tools/draw_soft_targets.py [FILE]
 
-Every voxel of a volume has the target p = 0.3 or 0.7 and the prediction q; the loss is drawn over q.
+Every voxel has the target p = 0.3 or 0.7 and the prediction q; the loss is drawn over q.
 """
 
 from __future__ import annotations
