@@ -114,12 +114,28 @@ class MirrorBackend:
         return self.device.to_host(self.device.statistics(moved, families))
 
     def gradient(
-        self, problem: Problem, coefficients: Any, out: View, families: frozenset[str]
+        self,
+        problem: Problem,
+        coefficients: Any,
+        out: View,
+        families: frozenset[str],
+        slopes: Any = None,
     ) -> None:
         moved, mirror = self._moved(problem, out)
         there = out._replace(address=mirror[out.address])
-        self.device.gradient(moved, self.cupy.asarray(coefficients), there, families)
+        slopes = None if slopes is None else self.cupy.asarray(slopes)
+        self.device.gradient(moved, self.cupy.asarray(coefficients), there, families, slopes)
         mirror.fetch()
+
+    def sorted_slopes(
+        self, problem: Problem, sums: Any, result: Evaluation, batch: bool, with_slopes: bool
+    ) -> tuple[Evaluation, Any]:
+        moved, _mirror = self._moved(problem)
+        there = Evaluation(*(None if a is None else self.cupy.asarray(a) for a in result))
+        sums = self.cupy.asarray(sums)
+        made, slopes = self.device.sorted_slopes(moved, sums, there, batch, with_slopes)
+        back = Evaluation(*(None if array is None else array.get() for array in made))
+        return back, None if slopes is None else slopes.get()
 
     def prepare(self, *arguments: Any) -> Any:
         return self.device.prepare(*arguments)

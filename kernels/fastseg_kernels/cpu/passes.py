@@ -215,7 +215,7 @@ def statistics(problem: Problem, families: frozenset[str]) -> NDArray[np.float64
     words, address = job
     partial = np.empty(shape)
     words[SUMS] = _address(partial)
-    counts = own = None
+    counts = own = parts = None
     if counted:
         counts = np.zeros((*shape[:2], counted), np.int64)
         words[COUNTS] = _address(counts)
@@ -225,7 +225,8 @@ def statistics(problem: Problem, families: frozenset[str]) -> NDArray[np.float64
             parts = threads.parts_of(plan.tasks, plan.share)
             own = np.zeros((parts, shape[1], task_words(families)), np.int64)
             words[WORDS], words[PARTS] = _address(own), 0
-    threads.run(kernel, address, plan.tasks, plan.share, (job, partial, counts, own, problem))
+    memory = (job, partial, counts, own, problem)
+    threads.run(kernel, address, plan.tasks, plan.share, memory, parts)
     plan.free.append(job)
     total: NDArray[np.float64] = partial[:, :, 0] if plan.blocks == 1 else partial.sum(axis=2)
     return total if counts is None else np.concatenate([total, counts], axis=2)

@@ -4,7 +4,7 @@ An error is a float whose sign says that its voxel is foreground. A group (a row
 samples) is sorted in five steps, of which threads share all but the third:
 
 1. survey: the extremes of each block's errors, and how many there are;
-2. partition: each block is put into buckets, by the largest bits in which its group's errors differ;
+2. partition: each block is put into buckets, by the largest bits in which its group differs;
 3. the numbers of voxels before each bucket, from those of the blocks;
 4. walk: each bucket is sorted in the cache and walked, and slopes take the places of its errors;
 5. restore: each block brings its slopes back, in the order in which it had put errors there.
@@ -15,7 +15,10 @@ float64 end in groups of equal errors, which need no sort. A small group is one 
 
 Blocks and buckets depend on the errors alone, and sums are added in the order of the buckets: the
 number of threads does not matter. Beside the array there is the storage, as large as what of it is
-not 0, and tables of half a byte for each element.
+not 0 (once more for what is in large buckets), and tables of up to half a byte for each element.
+
+[Xeon, 2 threads, float32, 2x1x128^3 errors of the hinge: 5.5 ns per voxel with slopes, 3.7 without,
+where np.argsort alone takes 31 on one.]
 """
 
 from __future__ import annotations
@@ -45,12 +48,14 @@ MOST_ELEMENTS = 2**32 - 1
 """Of a group: the sort of more would take minutes, bins seconds."""
 SMALL = 16384
 """Elements of a group up to which it is one bucket."""
-BLOCK_LENGTH = 65536
+SHORTEST_BLOCK, LONGEST_BLOCK = 16384, 65536
+"""Elements of a block: the second cache holds it and its part of the storage. Beyond 65536 the two
+passes take 1.3 times as long."""
 LARGEST_BUCKET = 65536
 """Elements that are sorted in the cache: of float32 with 24 bytes each, 1.5 MB."""
 BUCKET_LENGTH = 1024
 """Elements of a bucket, on average and about."""
-ITEM_LENGTH = 16384
+ITEM_LENGTH = 4096
 """Elements of a task that sorts buckets."""
 
 
@@ -71,12 +76,12 @@ def _job(level: _Level) -> Any:
 
 
 def _walk(
-    level: _Level,
     job: Any,
     listed: NDArray[Any],
     counts: NDArray[np.int64],
     real: str,
     slopes: bool,
+    memory: object,
 ) -> None:
     """Sort and walk the listed buckets, of ``counts`` elements each."""
     if listed.size == 0:
@@ -88,12 +93,13 @@ def _walk(
     items[-1] = listed.size
     capacity = -(-(int(counts.max()) + 1) // 16) * 16
     size = -(-scratch_size(real, capacity) // 64) * 64
-    scratch = np.empty(size * threads.parts_of(tasks, share) + 64, np.uint8)
+    parts = threads.parts_of(tasks, share)
+    scratch = np.empty(size * parts + 64, np.uint8)
     job["listed"], job["items"] = listed.ctypes.data, items.ctypes.data
     job["scratch"], job["scratch_size"] = -(-scratch.ctypes.data // 64) * 64, size
     job["capacity"], job["parts"] = capacity, 0
-    memory = (level, job, listed, items, scratch)
-    threads.run(walk_kernel(real, slopes), job.ctypes.data, tasks, share, memory)
+    owners = (job, listed, items, scratch, memory)
+    threads.run(walk_kernel(real, slopes), job.ctypes.data, tasks, share, owners, parts)
 
 
 def _weigh_small(level: _Level, real: str, slopes: bool) -> NDArray[np.float64]:
@@ -104,7 +110,7 @@ def _weigh_small(level: _Level, real: str, slopes: bool) -> NDArray[np.float64]:
     listed: Any = np.zeros(level.groups.size, BUCKET)
     listed["group"] = np.arange(level.groups.size)
     counts = np.add.reduceat(level.runs["count"], level.groups["first_block"])
-    _walk(level, job, listed, counts, real, slopes)
+    _walk(job, listed, counts, real, slopes, (level, ends))
     values: NDArray[np.float64] = listed["value"]
     return values
 
@@ -139,10 +145,11 @@ def _weigh_equal(groups: NDArray[Any], counts: NDArray[Any], real: str) -> NDArr
     with np.errstate(divide="ignore", invalid="ignore"):
         w1 = np.where(U == 0, 0.0, (1.0 / U + 1.0 / after) / 2)
         w0 = np.where(U == 0, 1.0 / after, (2 * common - n1) / (2.0 * U * after))
-        groups["foreground_weight"], groups["background_weight"] = w1, w0
-        error = groups["top"].astype(REALS[real].integer).view(real).astype(np.float64)
         weight = np.where(n1 > 0, w1 * n1, 0.0) + np.where(n0 > 0, w0 * n0, 0.0)
-        return np.where(weight == 0, 0.0, weight * error)
+    groups["foreground_weight"], groups["background_weight"] = w1, w0
+    error = groups["top"].astype(REALS[real].integer).view(real).astype(np.float64)
+    values: NDArray[np.float64] = weight * error
+    return values
 
 
 def _weigh(level: _Level, real: str, slopes: bool) -> NDArray[np.float64]:
@@ -190,7 +197,7 @@ def _weigh_buckets(
     listed: Any = np.zeros(where[0].size, BUCKET)
     listed["group"], listed["index"] = where
     listed["f"], listed["b"] = f[where], b[where]
-    _walk(level, job, listed, totals[where], real, slopes)
+    _walk(job, listed, totals[where], real, slopes, (level, arrays))
     parts[where] = listed["value"]
 
     where = np.nonzero(totals > LARGEST_BUCKET)
@@ -217,7 +224,7 @@ def _level_below(
         run["address"] = level.blocks["storage"][of_group] + storage.itemsize * start
         run["count"] = count
         factor = level.blocks["factor"][of_group]
-        filling = (np.cumsum(count) - count) // BLOCK_LENGTH
+        filling = (np.cumsum(count) - count) // LONGEST_BLOCK
         new = (np.diff(filling, prepend=0) != 0) | (np.diff(factor, prepend=factor[0]) != 0)
         block = np.cumsum(new)
         groups["first_block"][k] = blocks
@@ -241,7 +248,7 @@ def _blocks(
     groups: NDArray[Any], first_run: NDArray[Any], factors: NDArray[np.float64] | float
 ) -> NDArray[Any]:
     """Return blocks that are runs ``first_run[k]`` to ``first_run[k + 1]``."""
-    blocks: Any = np.zeros(first_run.size - 1, BLOCK)
+    blocks: NDArray[Any] = np.zeros(first_run.size - 1, BLOCK)
     blocks["group"] = np.repeat(
         np.arange(groups.size), groups["last_block"] - groups["first_block"]
     )
@@ -250,32 +257,64 @@ def _blocks(
     return blocks
 
 
+def _block_length(of_group: int) -> int:
+    return min(LONGEST_BLOCK, max(SHORTEST_BLOCK, of_group // 16))
+
+
 def _level_of_rows(
     errors: NDArray[Any],
     foreground: NDArray[np.float64],
     batch: bool,
     factors: NDArray[np.float64] | None,
 ) -> tuple[_Level, bool]:
-    """Return the groups of an array, and whether they are small."""
+    """Return the groups of an array, and whether they are small.
+
+    A block is a part of a row, or several rows that are shorter than a block, with one factor.
+    """
     N, C, V = errors.shape
     rows = np.arange(N * C).reshape(N, C)
     of_group = rows.T.copy() if batch else rows.reshape(-1, 1)  # (groups, rows of each)
     small = of_group.shape[1] * V <= SMALL
-    length = V if small else BLOCK_LENGTH
-    per_row = -(-V // length)
-    start = length * np.arange(per_row)
-    runs: Any = np.zeros(rows.size * per_row, RUN)
-    in_row = of_group.reshape(-1, 1) * V + start  # (rows, blocks of each)
+    longest = V if small else _block_length(of_group.shape[1] * V)
+    parts = -(-V // longest)
+    length = -(-V // parts)  # no part is much shorter than the others
+    start = length * np.arange(-(-V // length))
+    runs: Any = np.zeros(rows.size * start.size, RUN)
+    in_row = of_group.reshape(-1, 1) * V + start  # (rows, runs of each)
     runs["address"] = errors.ctypes.data + errors.itemsize * in_row.ravel()
     runs["count"] = np.tile(np.minimum(length, V - start), rows.size)
+
     groups: Any = np.zeros(of_group.shape[0], GROUP)
-    groups["first_block"] = of_group.shape[1] * per_row * np.arange(groups.size)
-    groups["last_block"] = groups["first_block"] + of_group.shape[1] * per_row
+    runs_of_group, runs_of_block = of_group.shape[1] * start.size, max(1, longest // V)
+    first_run = np.arange(0, runs_of_group, runs_of_block)
+    groups["first_block"] = first_run.size * np.arange(groups.size)
+    groups["last_block"] = groups["first_block"] + first_run.size
     groups["foreground"] = foreground.ravel()[of_group].sum(axis=1)
-    factor = 0.0 if factors is None else np.repeat(factors.ravel()[of_group.ravel()], per_row)
-    blocks = _blocks(groups, np.arange(runs.size + 1), factor)
-    blocks["storage"] = runs["address"]  # of small groups: they stay where they are
+    first_run = (runs_of_group * np.arange(groups.size)[:, None] + first_run).ravel()
+    row_of_block = of_group.ravel()[first_run // start.size]
+    factor = 0.0 if factors is None else factors.ravel()[row_of_block]
+    blocks = _blocks(groups, np.append(first_run, runs.size), factor)
+    if small:
+        blocks["storage"] = runs["address"]  # they stay where they are
     return _Level(runs, blocks, groups, errors), small
+
+
+def _weigh_short_rows(
+    errors: NDArray[Any], foreground: NDArray[np.float64], factors: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Weigh groups of rows that are shorter than a block, and have factors of their own.
+
+    Blocks of one row would have more buckets than elements. So the weights are sorted out first, in
+    float64, which is what they are computed in, and multiplied and rounded then. (Their buckets are
+    others than those of float32: the value's last bit may differ from that without slopes.)
+    """
+    weights = errors.astype(np.float64)
+    values = weigh(weights, foreground, True, np.ones_like(factors))
+    # a weight of 0 stays 0, whatever the factor
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.multiply(weights, factors[:, :, None], out=weights, where=weights != 0)
+        errors[...] = weights
+    return values
 
 
 def weigh(
@@ -324,6 +363,9 @@ def weigh(
     shape = (1 if batch else N, C)
     if errors.size == 0:
         return np.zeros(shape)
+    short = batch and of_group > SMALL and _block_length(of_group) >= 2 * V
+    if short and factors is not None and not (factors == factors[0]).all():
+        return _weigh_short_rows(errors, foreground, factors)
     level, small = _level_of_rows(errors, foreground, batch, factors)
     solve = _weigh_small if small else _weigh
     return solve(level, errors.dtype.name, factors is not None).reshape(shape)

@@ -6,8 +6,8 @@ block. Both passes walk a block in the same order, so no element's place is ever
 task needs no more than its block: 64K elements from the second cache to the second cache, where one
 scatter of the whole group would write to as many pages as there are buckets.
 
-An element's magnitude, its bits without the sign, is an integer in the order of the errors. Bucket 0
-has the largest. The last bucket has the NaNs, which stay as they are.
+An element's magnitude, its bits without the sign, is an integer in the order of the errors. Bucket
+0 has the largest. The last bucket has the NaNs, which stay as they are.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _make_compact(real: Real) -> Any:
         if seen & magnitude == 0:
             return 0
         k = 0
-        for i in range(count):  # without a branch, which would be guessed wrong
+        for i in range(count):  # without a branch, which would often be guessed wrong
             bits = x[i]
             found[k] = bits
             k += (bits & magnitude) != 0
@@ -293,10 +293,11 @@ def restore_kernel(real_name: str) -> Kernel:
                 for i in range(here):
                     x[i] = zero
             else:
+                found[CHUNK] = zero
                 k = 0
-                for i in range(here):  # at most at the end of `found`, which has room for one more
+                for i in range(here):  # of indices: if loaded or not, it is a branch, and 2 ns more
                     is_filled = (x[i] & magnitude) != 0
-                    x[i] = select(is_filled, found[k], zero)
+                    x[i] = found[select(is_filled, k, CHUNK)]
                     k += is_filled
 
     def restore(job_address, first, last):  # type: ignore[no-untyped-def]

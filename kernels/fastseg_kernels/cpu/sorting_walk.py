@@ -152,9 +152,8 @@ def _make_walk(real: Real, placed: bool) -> Any:
 
     @inlined
     def part(weight, key):  # type: ignore[no-untyped-def]
-        """Weight 0 times infinity is 0."""
-        error = from_bits(I(middle - (key >> 1)))
-        return weight * error if weight != 0.0 else 0.0
+        # Not 0 times infinity: infinite errors are a row's first group, whose weight is not 0.
+        return weight * from_bits(I(middle - (key >> 1)))
 
     @function
     def walk(keys, positions, n, P, f, b, weights):  # type: ignore[no-untyped-def]

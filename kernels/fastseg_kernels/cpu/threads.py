@@ -250,17 +250,28 @@ def describe() -> dict[str, Any]:
 
 
 def parts_of(tasks: int, share: bool) -> int:
-    """Return how many calls of a kernel `run` makes, each for a part of the tasks."""
+    """Return how many calls of a kernel `run` makes, each for a part of the tasks.
+
+    Who gives each call memory of its own passes the number on: another thread may change it.
+    """
     return max(1, min(get_num_threads(), tasks)) if share else 1
 
 
-def run(kernel: Kernel, job: int, tasks: int, share: bool = True, memory: object = None) -> None:
+def run(
+    kernel: Kernel,
+    job: int,
+    tasks: int,
+    share: bool = True,
+    memory: object = None,
+    parts: int | None = None,
+) -> None:
     """Run ``kernel`` on ``tasks`` tasks of the job at address ``job``; return when all are done.
 
     ``share=False`` keeps work that is too small to be worth a second thread on this one.
     ``memory`` is what owns the job and all that it points to; other threads hold it meanwhile.
+    ``parts``: what `parts_of` said, if that matters.
     """
-    parts = parts_of(tasks, share)
+    parts = parts_of(tasks, share) if parts is None else parts
     if parts == 1:
         kernel.call(job, 0, tasks)
         return
