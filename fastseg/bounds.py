@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fastseg.statistics import first_column
+from fastseg.curves import first_column
 from fastseg_kernels.constants import EMPTY, FRACTION_BITS, HISTOGRAMS, OCTAVES, Histogram
 
 if TYPE_CHECKING:
@@ -122,7 +122,8 @@ def excess(term: LovaszTerm, s: Statistics, reduction: str) -> Numbers:
             continue
         counts, P = array[n, c, first : first + histogram.width], float(foreground[n, c])
         above[n, c] = largest_lovasz(counts, histogram, P) - counted_lovasz(counts, histogram, P)
-    above = np.where(kept, above * weights, 0.0)
+    counts_at_all = kept & (weights != 0)  # 0 times an infinite excess is 0
+    above = np.where(counts_at_all, np.where(counts_at_all, above, 0.0) * weights, 0.0)
     if reduction == "none":
         return above
     if reduction == "sum":

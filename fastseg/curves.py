@@ -55,12 +55,21 @@ class JaccardCurve(NamedTuple):
         return float(self.thresholds[middle]), float(means[middle])
 
 
+def first_column(names: tuple[str, ...], family: str) -> int:
+    """Return where the columns of a histogram begin, which lie one after the other."""
+    members = family_columns(family)
+    first = names.index(members[0])
+    if names[first : first + len(members)] != members:
+        raise ValueError(f"the columns of {family} must lie in their order in the statistics")
+    return first
+
+
 def curve_of(s: Statistics) -> JaccardCurve:
     """Return the curve of statistics that hold a histogram of predictions, on the host."""
     family = next((f for f in CURVES if f"{f}_undefined" in s.names), None)
     if family is None:
         raise ValueError("these statistics hold no curve: ask for track=('curve',)")
-    bins, first = HISTOGRAMS[family].bins, s.names.index(f"{family}_undefined")
+    bins, first = HISTOGRAMS[family].bins, first_column(s.names, family)
     counts = s.array[:, :, first : first + len(family_columns(family))]
     foreground, background = counts[:, :, 1 : 1 + bins], counts[:, :, 1 + bins :]
     above = [np.cumsum(part[:, :, ::-1], axis=2)[:, :, ::-1] for part in (foreground, background)]

@@ -155,6 +155,8 @@ class Loss:
             wanted.remove("curve")
             wanted.add("logit_curve" if self.activation == "sigmoid" else "prob_curve")
         errors = {*histograms(frozenset(wanted))} - {*CURVES}
+        if errors:
+            wanted.add("labels")
         if "sorted" in wanted and (errors or len(self._sorting) > 1):
             raise ValueError("a loss has one Lovasz term that sorts, and then none with bins")
         measure = {"sigmoid": "hinge", "softmax": "errors"}.get(self.activation)
@@ -191,8 +193,9 @@ class Loss:
             Names of the samples; ``+`` joins statistics of equal names only.
         """
         self._require_sums("statistics")
-        library, problem = self._problem(logits, targets, mask, weight_map)
-        families, backend = self.families(track), backend_of(library, logits)
+        families = self.families(track)
+        library, problem = self._problem(logits, targets, mask, weight_map, families)
+        backend = backend_of(library, logits)
         sums = self._sums(backend, problem, families)
         library.used(problem.owners)
         return Statistics._made(sums, columns(families), backend, samples)
@@ -240,7 +243,7 @@ class Loss:
             precision, or the gradient that comes from above. (N, C) for reduction "none".
         """
         self._require_sums("gradient")
-        library, problem = self._problem(logits, targets, mask, weight_map)
+        library, problem = self._problem(logits, targets, mask, weight_map, self.families())
         samples, classes = problem.shape[:2]
         total, known = s.shape
         chosen = range(total)[slice(None) if rows is None else rows]
@@ -273,8 +276,9 @@ class Loss:
         float32 for float16, bfloat16 and float32 logits, float64 for float64 (see
         ``compute_dtype`` in `fastseg.Options`).
         """
-        library, problem = self._problem(logits, targets, mask, weight_map)
-        families, backend = self.families(), backend_of(library, logits)
+        families = self.families()
+        library, problem = self._problem(logits, targets, mask, weight_map, families)
+        backend = backend_of(library, logits)
         sums = self._sums(backend, problem, families)
         dtype = problem.arrangement.real
         result = self._evaluate(backend, sums, columns(families), 1.0, dtype)
@@ -338,21 +342,12 @@ class Loss:
         value = np.asarray(self._value_of(s._fetched(), "float64"))
         low, high = value, value
         for weight, term in self.parts:
-            if isinstance(term, LovaszTerm) and term.histogram is not None:
+            if isinstance(term, LovaszTerm) and term.histogram is not None and weight != 0:
                 above = weight * excess(term, s._fetched(), self.options.reduction)
                 low, high = low + np.minimum(above, 0), high + np.maximum(above, 0)
         return low[()], high[()]
 
     # Steps
-
-    @property
-    def _sets(self) -> tuple[str, ...]:
-        """Return the names of the terms that are losses of a set, whose targets are labels."""
-        known = self.__dict__.get("_of_sets")
-        if known is None:
-            names = (type(term).__name__ for _, term in self.parts if hasattr(term, "histogram"))
-            known = self.__dict__["_of_sets"] = tuple(dict.fromkeys(names))
-        return known
 
     @property
     def _sorting(self) -> tuple[LovaszTerm, ...]:
@@ -383,12 +378,13 @@ class Loss:
         grad_scale: Any,
     ) -> tuple[Any, Any, tuple[Any, tuple[str, ...], Backend]]:
         """Run the three verbs on one problem; return value, gradient, and sums with their names."""
-        library, problem = self._problem(logits, targets, mask, weight_map)
+        families = self.families(track)
+        library, problem = self._problem(logits, targets, mask, weight_map, families)
         grad = library.empty_like(logits) if out is None else out
         view = check_out(
             grad, logits, library, problem, self.options.layout
         )  # before anything is computed
-        families, backend = self.families(track), backend_of(library, logits)
+        backend = backend_of(library, logits)
         sums = self._sums(backend, problem, families)
         dtype = problem.arrangement.real
         result = self._evaluate(backend, sums, columns(families), grad_scale, dtype)
@@ -410,14 +406,15 @@ class Loss:
         return backend.sorted_slopes(problem, sums, result, batch, with_slopes)
 
     def _problem(
-        self, logits: Any, targets: Any, mask: Any, weight_map: Any
+        self, logits: Any, targets: Any, mask: Any, weight_map: Any, families: frozenset[str]
     ) -> tuple[Library, Problem]:
         activation = self.activation
         threshold = 0.5 if activation == "probs" else 0.0
-        if weight_map is not None and self._sets:
+        if weight_map is not None and "labels" in families:
+            names = (type(term).__name__ for _, term in self.parts if hasattr(term, "histogram"))
+            listed = ", ".join(dict.fromkeys(names)) or "counts of Lovasz errors"
             raise ValueError(
-                f"weight_map has no meaning for {', '.join(self._sets)}, losses of a set of "
-                "voxels; use mask="
+                f"weight_map has no meaning for {listed}, which are of a set of voxels; use mask="
             )
         return make_problem(logits, targets, mask, weight_map, self.options, activation, threshold)
 
@@ -427,7 +424,7 @@ class Loss:
         if type(sums) is np.ndarray and np.count_nonzero(sums[:, :, _INVALID]):
             rows = sums[:, :1] if problem.arrangement.indexed else sums
             invalid, total = rows[:, :, (_INVALID, _COUNT)].sum(axis=(0, 1)).astype(int)
-            raise_for_invalid(problem, invalid, total, labels=bool(self._sets))
+            raise_for_invalid(problem, invalid, total, labels="labels" in families)
         return sums
 
     def _value_of(self, s: Statistics, dtype: str) -> Any:

@@ -47,6 +47,8 @@ class LovaszTerm(Term):
         """Check the options."""
         super().__post_init__()
         choice("bins", self.bins, (None, *LOVASZ_BINS))
+        if self.bins is not None:
+            object.__setattr__(self, "bins", int(self.bins))  # 4096.0 is 4096
         choice("scope", self.scope, SCOPES)
 
     @property
@@ -56,7 +58,11 @@ class LovaszTerm(Term):
 
     def needs(self) -> frozenset[str]:
         """Need the counts of errors, or what sorts them; soft targets are no set."""
-        return frozenset({self.histogram or "sorted", "labels"})
+        if self.histogram is not None:
+            return frozenset({self.histogram, "labels"})
+        # A rule for empty rows must not hide a prediction that is NaN: "hard" counts them.
+        ruled = self.empty_rule() != "formula"
+        return frozenset({"sorted", "labels", "hard"} if ruled else {"sorted", "labels"})
 
     def empty_rule(self) -> str:
         """Return what is done with rows without foreground, one of `constants.EMPTY`."""
@@ -140,6 +146,10 @@ class LovaszSoftmax(LovaszTerm):
         sequence of indices, all of which count.
     bins, scope, class_weights
         See `LovaszTerm`. "image" is what others call per image.
+
+    Notes
+    -----
+    Targets (N, C, *spatial) must be one-hot; what each voxel adds up to is not checked.
 
     References
     ----------

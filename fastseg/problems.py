@@ -417,7 +417,7 @@ def raise_for_invalid(
         if wrong.size:
             raise ValueError(
                 f"targets must be {'in [0, 1]' if soft else '0 or 1'}, got {wrong[0]} {voxels}"
-                + _use_positive(metric)
+                + ("" if arrangement.activation == "softmax" else _use_positive(metric))
             )
         if arrangement.activation == "probs":
             probs = _readable(logits[index], arrangement.logits.dtype)

@@ -358,15 +358,6 @@ def require(names: Sequence[str], families: Iterable[str]) -> None:
                 raise _absent(name, names)
 
 
-def first_column(names: tuple[str, ...], family: str) -> int:
-    """Return where the columns of a histogram begin, which lie one after the other."""
-    members = family_columns(family)
-    first = names.index(members[0])
-    if names[first : first + len(members)] != members:
-        raise ValueError(f"the columns of {family} must lie in their order in the statistics")
-    return first
-
-
 @cache
 def picks(names: tuple[str, ...]) -> NDArray[np.int64]:
     """Return where the sums that terms are made of are stored, int64 (len(PICKED),); or -1."""

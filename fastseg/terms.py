@@ -15,8 +15,8 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fastseg.curves import first_column
 from fastseg.losses import Loss
-from fastseg.statistics import first_column
 from fastseg_kernels.constants import (
     EMPTY,
     FORMS,

@@ -32,7 +32,7 @@ class _Function(torch.autograd.Function):
     ) -> torch.Tensor:
         loss = module.loss
         if loss._sorting:
-            return _sorted_forward(ctx, logits, targets, mask, module)
+            return _sorted_forward(ctx, logits, targets, mask, weight_map, module)
         s = loss.statistics(logits, targets, mask=mask, weight_map=weight_map, track=module.track)
         ctx.save_for_backward(logits, targets, mask, weight_map)
         ctx.loss, ctx.statistics = loss, s
@@ -54,7 +54,12 @@ class _Function(torch.autograd.Function):
 
 
 def _sorted_forward(
-    ctx: Any, logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None, module: Loss
+    ctx: Any,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    mask: torch.Tensor | None,
+    weight_map: torch.Tensor | None,
+    module: Loss,
 ) -> torch.Tensor:
     """Compute the value and the gradient of a loss that sorts, which has no sums to keep instead.
 
@@ -62,8 +67,9 @@ def _sorted_forward(
     """
     loss, x = module.loss, logits.detach()
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    out = torch.empty_like(x, dtype=wide)
     value, grad, s = loss.evaluate(
-        x, targets, mask=mask, track=module.track, out=torch.empty_like(x, dtype=wide)
+        x, targets, mask=mask, weight_map=weight_map, track=module.track, out=out
     )
     module.last_statistics = s
     ctx.save_for_backward(logits, grad)

@@ -105,6 +105,10 @@ def test_curve_errors():
     logits, targets = make((1, 2, 300))
     with pytest.raises(ValueError, match=r"hold no curve: ask for track=\('curve',\)"):
         BCE.statistics(logits, targets).jaccard_curve()
+    s = BCE.statistics(logits, targets, track=("curve",))
+    turned = fs.Statistics(s.array[:, :, ::-1], s.names[::-1])
+    with pytest.raises(ValueError, match="columns of logit_curve must lie in their order"):
+        turned.jaccard_curve()
     with pytest.raises(ValueError, match="track must be a tuple of"):
         BCE.statistics(logits, targets, track=("logit_curve",))
     loss = fs.SoftJaccard().replace(activation="softmax")

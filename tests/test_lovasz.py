@@ -374,3 +374,70 @@ def test_sorting_is_refused_where_sums_are_needed():
         loss(logits, np.where(targets, 0.5, 0.0))
     nothing = fs.LovaszHinge().value_and_grad(logits, targets, mask=np.zeros(targets.shape, bool))
     assert nothing[0] == 0 and not nothing[1].any()
+
+
+def test_tracked_counts_of_errors_are_checked_as_the_losses_are():
+    logits, targets = make((2, 1, 300))
+    track = {"track": ("hinge_1024",)}
+    s = fs.BCE().statistics(logits, targets, **track)
+    assert HINGE.value(s) == HINGE.value(HINGE.statistics(logits, targets))
+    with pytest.raises(ValueError, match="weight_map has no meaning for counts of Lovasz errors"):
+        fs.BCE().statistics(logits, targets, weight_map=np.abs(logits), **track)
+    with pytest.raises(ValueError, match=r"targets must be 0 or 1, got 0\.5"):
+        fs.BCE().statistics(logits, np.where(targets, 0.5, 0.0), **track)
+    classes, _, one_hot = classes_of((1, 3, 300))
+    soft = (0.8 * one_hot + 0.1).astype(np.float32)
+    with pytest.raises(ValueError, match="targets must be 0 or 1, got ") as caught:
+        fs.CrossEntropy().statistics(classes, soft, track=("errors_1024",))
+    assert "positive" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bins", [None, 1024])
+@pytest.mark.parametrize("empty", ["one", "zero", "skip"])
+def test_a_rule_for_empty_rows_does_not_hide_nan(empty, bins):
+    logits, targets = make((2, 1, 300))
+    targets[1], logits[1, 0, 7] = 0, np.nan
+    value, grad = fs.LovaszHinge(empty=empty, bins=bins).value_and_grad(logits, targets)
+    assert np.isnan(value) and np.isnan(grad).sum() == 1 and np.isnan(grad[1, 0, 7])
+    logits[1, 0, 7] = -50.0
+    without = fs.LovaszHinge(empty=empty, bins=bins).value_and_grad(logits, targets)[1]
+    assert not without[1].any()
+
+
+def test_voxels_beside_a_nan_have_the_slopes_of_a_row_without_it():
+    logits, targets = make((1, 1, 300), np.float64)
+    logits[0, 0, 7] = np.nan
+    keep = np.ones(targets.shape, bool)
+    keep[0, 0, 7] = False
+    for bins in (None, 1024):
+        loss = fs.LovaszHinge(bins=bins)
+        grad = loss.value_and_grad(logits, np.where(keep, targets, 0))[1]
+        alone = loss.value_and_grad(logits, targets, mask=keep)[1]
+        np.testing.assert_allclose(grad[keep], alone[keep], rtol=1e-12)
+
+
+def test_bounds_of_what_does_not_count_are_finite():
+    logits, targets = make((1, 2, 300))
+    logits[0, 0, 7], targets[0, 0, 7] = 1e13, 0
+    for loss in (
+        fs.BCE() + 0.0 * HINGE,
+        fs.LovaszHinge(bins=1024, class_weights=(0.0, 1.0)),
+        fs.LovaszHinge(bins=1024, classes=(1,)),
+    ):
+        low, high = loss.bounds(loss.statistics(logits, targets))
+        assert np.isfinite(low) and low <= high < 10 * low
+    low, high = HINGE.bounds(HINGE.statistics(logits, targets))
+    assert np.isfinite(low) and high == np.inf
+
+
+def test_batches_share_one_walk():
+    logits, targets = make((3, 2, 50), np.float64)
+    scale = np.arange(6.0).reshape(3, 2)
+    loss = fs.LovaszHinge(bins=1024, scope="batch")
+    grad = loss.value_and_grad(logits, targets, grad_scale=2.0)[1]
+    np.testing.assert_allclose(grad, 2 * loss.value_and_grad(logits, targets)[1], rtol=1e-12)
+    rows = fs.LovaszHinge(bins=1024).replace(reduction="none")
+    scaled = rows.value_and_grad(logits, targets, grad_scale=scale)[1]
+    plain = rows.value_and_grad(logits, targets)[1]
+    np.testing.assert_allclose(scaled, plain * scale[:, :, None], rtol=1e-12)
+    assert fs.LovaszHinge(bins=1024.0) == fs.LovaszHinge(bins=1024)

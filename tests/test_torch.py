@@ -274,6 +274,8 @@ def test_a_loss_that_sorts_is_differentiable(loss, dtype):
     with pytest.raises(RuntimeError, match="once, not twice"):
         first = torch.autograd.grad(criterion(logits, targets), logits, create_graph=True)[0]
         first.sum().backward()
+    with pytest.raises(ValueError, match="weight_map has no meaning for LovaszHinge"):
+        criterion(logits, targets, weight_map=torch.ones(logits.shape))
     rows = fastseg.torch.Loss(loss.replace(reduction="none")) if loss == fs.LovaszHinge() else None
     if rows is not None:
         logits.grad = None

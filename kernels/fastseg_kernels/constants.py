@@ -189,6 +189,6 @@ PICKED = (
     "voxels", "count", "targets_sum", "true_positive_sum", "false_negative_sum",
     "false_positive_sum", "bce_sum", "bce_pos_sum", "bce_neg_sum", "invalid", "ce_sum",
     "ce_uniform_sum", "l1_true_positive_sum", "l1_false_negative_sum", "l1_false_positive_sum",
-    "product_sum", "squared_error_sum",
+    "product_sum", "squared_error_sum", "undefined",
 )  # fmt: skip
 """The sums that terms are made of, in the order in which ``evaluate`` takes them."""

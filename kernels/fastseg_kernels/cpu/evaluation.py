@@ -52,7 +52,7 @@ NONE, MEAN = 0, 1  # of constants.REDUCTIONS
 
 (
     VOXELS, COUNT, P, INNER, F, G, BCE_ALL, BCE_POS, BCE_NEG, _, CE, CE_UNIFORM,
-    L1_INNER, L1_F, L1_G, PRODUCT, SQUARED_ERROR,
+    L1_INNER, L1_F, L1_G, PRODUCT, SQUARED_ERROR, UNDEFINED,
 ) = range(len(PICKED))  # fmt: skip
 SUMS = len(PICKED)
 
@@ -138,7 +138,7 @@ def add_region(term, sums, columns, class_weights, reduction, scale, values, coe
             _collect_region(term, sums, columns, n, c, batch, row)
             value, _, _, keep = region(term, row)
             if keep and of_bins and not is_empty(term, row):
-                value = lovasz(term, sums, n, c, batch, row[P], 0.0, coefficients[n, c])
+                value = lovasz(term, sums, n, c, batch, row[P], 0.0, scale, coefficients)
             if keep and class_weights[c] == class_weights[c]:  # NaN: the class is left out
                 kept += 1
                 part = class_weights[c] * value
@@ -165,7 +165,9 @@ def add_region(term, sums, columns, class_weights, reduction, scale, values, coe
                     coefficients[n, c, COEFFICIENTS] += term[WEIGHT] * part
                     coefficients[n, c, COEFFICIENTS + 1] += factor
                 elif of_bins and not is_empty(term, row):
-                    lovasz(term, sums, n, c, batch, row[P], factor, coefficients[n, c])
+                    if n == 0 or not batch:  # all samples at once
+                        lovasz(term, sums, n, c, batch, row[P], term[WEIGHT] * part, scale,
+                               coefficients)  # fmt: skip
                 elif of_bins:
                     pass
                 elif term[FORM] == L1:
@@ -222,8 +224,11 @@ def _collect_region(term, sums, columns, n, c, batch, row):  # type: ignore[no-u
         row[INNER], row[F], row[G] = row[L1_INNER], row[L1_F], row[L1_G]
     elif term[FORM] == SQUARED:
         row[INNER], row[F], row[G] = row[PRODUCT], 0.0, row[SQUARED_ERROR]
-    if term[KIND] == LOVASZ and term[BINS] != 0.0:
-        row[G] = np.nan if _counted(sums, n, c, batch, int(term[HISTOGRAM])) > 0.0 else 0.0
+    if term[KIND] == LOVASZ:  # NaN if a prediction is
+        undefined = row[UNDEFINED]
+        if term[BINS] != 0.0:
+            undefined = _counted(sums, n, c, batch, int(term[HISTOGRAM]))
+        row[G] = np.nan if undefined > 0.0 else 0.0
 
 
 @function
@@ -237,8 +242,11 @@ def _counted(sums, n, c, batch, column):  # type: ignore[no-untyped-def]
 
 
 @function
-def lovasz(term, sums, n, c, batch, P, factor, coefficients):  # type: ignore[no-untyped-def]
-    """Return the Lovasz extension of a row's histogram; add ``factor`` dL/de to the coefficients.
+def lovasz(term, sums, n, c, batch, P, part, scale, coefficients):  # type: ignore[no-untyped-def]
+    """Return the Lovasz extension of a row's histogram.
+
+    Add dL/de, times ``part`` and the scale of the row, to the coefficients of the row, or of those
+    of all samples; not if ``part`` is 0.
 
     A bin is treated as voxels of equal errors: from f and b voxels of larger errors to f + n1 and
     b + n0, with the mean of the weights of both orders (``reference/lovasz.py``). The errors' sums
@@ -248,8 +256,7 @@ def lovasz(term, sums, n, c, batch, P, factor, coefficients):  # type: ignore[no
     per_octave = bins // OCTAVES
     if bins == 0:  # it sorts
         return 0.0
-    if _counted(sums, n, c, batch, at) > 0.0:
-        return np.nan
+    first, last = (0, sums.shape[0]) if batch else (n, n + 1)
     inside, union, value = P, P, 0.0
     for k in range(bins - 1, -1, -1):
         n1 = _counted(sums, n, c, batch, at + 1 + k)
@@ -259,7 +266,7 @@ def lovasz(term, sums, n, c, batch, P, factor, coefficients):  # type: ignore[no
             of_background = (0.5 * (inside + (inside - n1)) / union) / (union + n0)
         else:  # the first errors of a row without foreground, whose weights add up to 1
             of_foreground, of_background = 1.0, 1.0 / max(n0, 1.0)
-        if n1 + n0 > 0.0 and factor == 0.0:
+        if n1 + n0 > 0.0 and part == 0.0:
             octave = 2.0 ** (lowest + k // per_octave)
             edge = octave * (1.0 + (k % per_octave) / per_octave) if k > 0 else 0.0
             unit = octave * 2.0**-FRACTION_BITS
@@ -267,10 +274,13 @@ def lovasz(term, sums, n, c, batch, P, factor, coefficients):  # type: ignore[no
             false = _counted(sums, n, c, batch, at + 1 + 3 * bins + k)
             value += of_foreground * (n1 * edge + unit * missed)
             value += of_background * (n0 * edge + unit * false)
-        coefficients[COEFFICIENTS + k] += factor * of_foreground
-        coefficients[COEFFICIENTS + bins + k] += factor * of_background
+        if part != 0.0:
+            for sample in range(first, last):
+                factor = part * scale[sample, c]
+                coefficients[sample, c, COEFFICIENTS + k] += factor * of_foreground
+                coefficients[sample, c, COEFFICIENTS + bins + k] += factor * of_background
         inside, union = inside - n1, union + n0
-    return value
+    return np.nan if _counted(sums, n, c, batch, at) > 0.0 else value
 
 
 @function

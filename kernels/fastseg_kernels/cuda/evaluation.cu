@@ -135,8 +135,10 @@ struct Work {
       row[SUM_FALSE_NEGATIVE_SUM] = 0.0;
       row[SUM_FALSE_POSITIVE_SUM] = row[SUM_SQUARED_ERROR_SUM];
     }
-    if (term[TERM_KIND] == KIND_LOVASZ && term[TERM_BINS] != 0.0) {  // NaN if a prediction is
-      const double undefined = counted(n, c, batch, (long long)term[TERM_HISTOGRAM]);
+    if (term[TERM_KIND] == KIND_LOVASZ) {  // NaN if a prediction is
+      const bool sorts = term[TERM_BINS] == 0.0;
+      const double undefined =
+          sorts ? row[SUM_UNDEFINED] : counted(n, c, batch, (long long)term[TERM_HISTOGRAM]);
       row[SUM_FALSE_POSITIVE_SUM] = undefined > 0.0 ? __longlong_as_double(0x7ff8000000000000LL) : 0.0;
     }
   }
