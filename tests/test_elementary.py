@@ -32,7 +32,7 @@ from fastseg_kernels.cpu.elementary import (
 )
 from fastseg_kernels.cpu.intrinsics import bits_of, fma, from_bits, pointer_to
 from fastseg_kernels.cpu.operands import make_load_reals, make_store_reals
-from fastseg_kernels.cpu.points import Variant, make_point, no_voxels
+from fastseg_kernels.cpu.points import Coefficients, Variant, make_point, no_voxels
 
 STRIDE = 521
 """Prime; 2 to 4 million of the float32 of a range."""
@@ -330,11 +330,13 @@ def make_quantity(kind: str, target: int, quantity: str) -> Any:
     T = np.float32
     p = np.uint8(target) if kind == "binary" else T(target)
     zero, one = T(0), T(1)
+    of_region = Coefficients(one, one, *(zero,) * 5)
+    of_bce = Coefficients(zero, zero, one, one, *(zero,) * 3)
     sums = no_voxels(FLOAT32)
     if quantity == "q (1 - q)":
-        return njit(error_model="numpy")(lambda x: slope(x, p, zero, one, one, zero, zero))
+        return njit(error_model="numpy")(lambda x: slope(x, p, zero, of_region))
     if quantity == "gradient of BCE":
-        return njit(error_model="numpy")(lambda x: abs(slope(x, p, zero, zero, zero, one, one)))
+        return njit(error_model="numpy")(lambda x: abs(slope(x, p, zero, of_bce)))
     if quantity == "mass":
 
         @njit(error_model="numpy")

@@ -224,7 +224,7 @@ BAD: list[Row] = [
     (lambda: fs.set_num_threads(0), ValueError, "count must be a positive integer or None, got 0"),
     (lambda: fs.set_num_threads(1.5), ValueError, "count must be a positive integer or None, got 1.5"),
     (lambda: fs.Statistics(np.zeros((2, 3)), ["count"]), ValueError, r"array must have shape \(N, C, 1\)"),
-    (lambda: fs.Statistics(np.zeros((2, 3, 1)), ["counts"]), ValueError, "names must be among"),
+    (lambda: fs.Statistics(np.zeros((2, 3, 1)), ["counts"]), ValueError, "names must be those of columns, got counts"),
 ]  # fmt: skip
 
 
