@@ -689,3 +689,30 @@ def test_small_work_stays_on_one_thread(pool):
     assert pool.pool._threads == 0
     assert fs.sigmoid(np.zeros(100_000, np.float32))[99_999] == 0.5
     assert pool.pool._threads == 3
+
+
+@pytest.mark.parametrize("loss", [fs.LovaszSoftmax(bins=1024), fs.LovaszHinge()])
+def test_memory_of_each_part_is_for_the_parts_that_run(loss, monkeypatch):
+    """Another thread may raise the number between the two: words and scratch would be overrun."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 2, 40_000)).astype(np.float32)
+    targets = rng.integers(0, 2, (2, 40_000) if loss.activation == "softmax" else logits.shape)
+    expected = loss(logits, targets)
+    asked = []
+
+    def rising() -> int:
+        asked.append(len(asked))
+        return 2 + len(asked)
+
+    monkeypatch.setattr(cpu_threads, "get_num_threads", rising)
+    run, parts = cpu_threads.run, []
+
+    def spied(kernel, job, tasks, share=True, memory=None, number=None):
+        parts.append((number, len(asked)))
+        before = len(asked)
+        run(kernel, job, tasks, share, memory, number)
+        assert number is None or len(asked) == before, "asked again"
+
+    monkeypatch.setattr(cpu_threads, "run", spied)
+    assert loss(logits, targets) == expected
+    assert any(number is not None and number > 1 for number, _ in parts)
