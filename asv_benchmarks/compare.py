@@ -51,18 +51,24 @@ SOFTMAX_PEERS = {"PyTorch eager": peers.eager_softmax, "MONAI DiceCELoss": peers
 MEMORY = """
 import sys
 from benchmarks import peers
-from benchmarks.common import classes
+from benchmarks.common import classes, volume
 import fastseg as fs
 name, count, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-loss = fs.CrossEntropy() + fs.SoftJaccard()
+losses = {
+    "fastseg": fs.CrossEntropy() + fs.SoftJaccard(),
+    "sorted": fs.LovaszHinge(scope="batch"),
+    "bins": fs.LovaszHinge(scope="batch", bins=4096),
+}
 def run(arrays):
-    if name == "fastseg":
-        loss.value_and_grad(arrays.logits, arrays.targets)
+    if name in losses:
+        losses[name].value_and_grad(arrays.logits, arrays.targets)
     else:
         make = {"PyTorch eager": peers.eager_softmax, "MONAI DiceCELoss": peers.monai_softmax}
         make[name](arrays)()
-run(classes(count, 8))  # whatever is loaded or compiled is in both
-arrays = classes(count, size)
+def make(size):
+    return classes(count, size) if count > 1 else volume("float32", size, "uint8")
+run(make(8))  # whatever is loaded or compiled is in both
+arrays = make(size)
 if sys.argv[4] == "compute":
     run(arrays)
 print("done", flush=True)
@@ -124,7 +130,11 @@ def compare_lovasz(size: int, rounds: int, notes: list[str]) -> list[dict[str, A
         calls["bins"] = counted["fastseg"]
         difference = abs(float(calls["bins"]()) / float(calls["fastseg"]()) - 1.0)
         notes.append(f"Lovász {name}: bins=4096 differs from sorting by {difference:.1e}")
-        rows.append({"volume": name, "seconds": interleaved(calls, rounds)})
+        row: dict[str, Any] = {"volume": name, "seconds": interleaved(calls, rounds)}
+        if make is volume:
+            memory = {way: extra_memory(way, 1, size) for way in ("sorted", "bins")}
+            row |= {"memory": memory, "gradient": arrays.out.nbytes}
+        rows.append(row)
         calls.clear()
         make.cache_clear()
     return rows
@@ -134,6 +144,7 @@ def extra_memory(name: str, count: int, size: int) -> int:
     """Return the bytes that a call adds to the peak of a process, as its parent sees it.
 
     That is the peak of one that makes its arrays and calls, less that of one that makes them only.
+    ``count`` is of classes; 1: of two samples of one class.
     """
     peaks = []
     for step in ("compute", "make"):
@@ -368,7 +379,7 @@ def lovasz_table(rows: list[dict[str, Any]]) -> str:
     """Show the Lovász losses: a peer that sorts over both ways, and their times."""
     head = ["Value and gradient, Lovász", "PyTorch / sorted", "PyTorch / bins=4096"]
     return table(
-        [*head, "sorted", "bins=4096"],
+        [*head, "sorted", "bins=4096", "extra memory, sorted", "bins"],
         [
             [
                 row["volume"],
@@ -376,6 +387,12 @@ def lovasz_table(rows: list[dict[str, Any]]) -> str:
                 ratio(row["seconds"], "PyTorch", "bins"),
                 shown(row["seconds"]["fastseg"]),
                 shown(row["seconds"]["bins"]),
+                *(
+                    f"{row['memory'][way] / row['gradient']:.2f} gradients"
+                    if "memory" in row
+                    else "-"
+                    for way in ("sorted", "bins")
+                ),
             ]
             for row in rows
         ],

@@ -18,7 +18,8 @@ class LovaszTerm(Term):
     ----------
     bins
         None: the errors are sorted, and the value is exact. It is then a function of no sums:
-        `Loss.statistics` has none, and `Loss.value_and_grad` needs some 10 bytes for each voxel.
+        `Loss.statistics` has none, and `Loss.value_and_grad` needs two to three times the memory
+        of the gradient beside it.
         A number (1024, 2048, 4096 or 8192): errors are counted in so many bins, 16 to 128 for each
         factor of two, with the sum of those in each. Counts add up, and the volume is read as
         often as for any other loss. The value is never above the exact one, and below it by far

@@ -135,13 +135,10 @@ def gradient(
     plan.jobs.launch(device, FILE, name, grid, addresses, of_rows, record)
 
 
-def errors(device: Device, problem: Problem) -> Any:
-    """Return the errors of the Lovasz hinge, as `sorting` takes them: (N, C, voxels)."""
-    plan, arrangement = _plan(problem.arrangement, None), problem.arrangement
-    samples, classes, *spatial = arrangement.shape
-    array = device.empty((samples, classes, prod(spatial)), arrangement.real)
+def write_errors(device: Device, problem: Problem, address: int) -> None:
+    """Launch the kernel that writes the errors of the Lovasz hinge, which `sorting` describes."""
+    plan = _plan(problem.arrangement, None)
     if plan.tasks > 0:
-        name = f"errors_anywhere<Variant<{plan.variant}, 0>, {counter(prod(spatial))}>"
-        grid, of_errors = device.grid(plan.tasks), device.memory.address(array)
-        plan.jobs.launch(device, FILE, name, grid, problem.addresses, of_errors)
-    return array
+        name = f"errors_anywhere<Variant<{plan.variant}, 0>, {counter(prod(problem.shape[2:]))}>"
+        grid = device.grid(plan.tasks)
+        plan.jobs.launch(device, FILE, name, grid, problem.addresses, address)

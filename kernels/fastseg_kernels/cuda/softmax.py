@@ -114,13 +114,10 @@ def gradient(
     plan.jobs.launch(device, FILE, name, grid, addresses, of_rows, record)
 
 
-def errors(device: Device, problem: Problem) -> Any:
-    """Return abs(p - q), as `sorting` takes it: (N, C, voxels)."""
-    plan, arrangement = _plan(problem.arrangement, None), problem.arrangement
-    samples, classes, *spatial = arrangement.shape
-    array = device.empty((samples, classes, prod(spatial)), arrangement.real)
+def write_errors(device: Device, problem: Problem, address: int) -> None:
+    """Launch the kernel that writes abs(p - q), as `overlap.write_errors`."""
+    plan = _plan(problem.arrangement, None)
     if plan.tasks > 0:
         name = f"errors_softmax<Softmax<{plan.variant}>, {plan.arguments}>"
-        grid, of_errors = device.grid(plan.tasks), device.memory.address(array)
-        plan.jobs.launch(device, FILE, name, grid, problem.addresses, of_errors)
-    return array
+        grid = device.grid(plan.tasks)
+        plan.jobs.launch(device, FILE, name, grid, problem.addresses, address)

@@ -51,7 +51,8 @@ def sorted_slopes(
     voxels = prod(spatial)
     address, real = device.memory.address, problem.arrangement.real
     module = softmax if problem.arrangement.activation == "softmax" else overlap
-    errors = module.errors(device, problem)
+    errors = device.empty((samples, classes, voxels), real)
+    module.write_errors(device, problem, address(errors))
     number, length = (classes, samples * voxels) if batch else (samples * classes, voxels)
     if number * length == 0:
         return result, errors if with_slopes else None
