@@ -416,6 +416,8 @@ class Loss:
             raise ValueError(
                 f"weight_map has no meaning for {listed}, which are of a set of voxels; use mask="
             )
+        if weight_map is not None and activation == "softmax" and "prob_curve" in families:
+            raise ValueError("with softmax a curve cannot be counted with a weight_map")
         return make_problem(logits, targets, mask, weight_map, self.options, activation, threshold)
 
     def _sums(self, backend: Backend, problem: Problem, families: frozenset[str]) -> Any:

@@ -220,8 +220,6 @@ def statistics(problem: Problem, families: frozenset[str]) -> NDArray[np.float64
         counts = np.zeros((*shape[:2], counted), np.int64)
         words[COUNTS] = _address(counts)
         if plan.module is softmax:
-            if arrangement.weights is not None:
-                raise ValueError("with softmax a curve cannot be counted with a weight_map")
             parts = threads.parts_of(plan.tasks, plan.share)
             own = np.zeros((parts, shape[1], task_words(families)), np.int64)
             words[WORDS], words[PARTS] = _address(own), 0

@@ -6,7 +6,7 @@ from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
-from fastseg_kernels.constants import columns, histograms, slope_families
+from fastseg_kernels.constants import columns, slope_families
 from fastseg_kernels.cuda.histograms import add_up, make_counts, with_slopes
 from fastseg_kernels.cuda.job import MOST_ROW_TASKS, OPERANDS, Jobs, counter, is_run, make_job
 from fastseg_kernels.cuda.modules import SOFTMAX_CLASSES, THREADS, TYPES, flags
@@ -82,8 +82,6 @@ def statistics(device: Device, problem: Problem, families: frozenset[str]) -> An
     samples, classes = problem.shape[:2]
     if plan.tasks == 0:
         return device.zeros((samples, classes, len(columns(families))), "float64")
-    if problem.arrangement.weights is not None and histograms(families):
-        raise ValueError("with softmax a curve cannot be counted with a weight_map")
     places = plan.row_tasks * WARPS
     sums = device.empty((samples, classes, places, len(columns(families, counts=False))))
     counts, record = make_counts(device, families, (samples, classes))
