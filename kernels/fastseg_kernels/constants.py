@@ -130,9 +130,9 @@ def histograms(families: frozenset[str]) -> tuple[str, ...]:
 
 
 @cache
-def slope_families(families: frozenset[str]) -> frozenset[str]:
-    """Return the families whose gradient is code of its own in a kernel."""
-    return frozenset({*(SLOPE_FAMILIES & families), *({*histograms(families)} - {*CURVES})})
+def lovasz_histogram(families: frozenset[str]) -> Histogram | None:
+    """Return the histogram whose slopes a gradient looks up, if there is one."""
+    return next((HISTOGRAMS[f] for f in histograms(families) if f not in CURVES), None)
 
 
 # One row of the table of terms. A Lovasz term is a function of a histogram, whose first column and
@@ -167,15 +167,15 @@ form.
 Where a Lovasz term is added there follow the slopes of its errors, dL/de, for the bins of the
 foreground and then of the background. For one that sorts they are two numbers instead: what the
 row's extension is multiplied by in the loss, and what its slopes are."""
-SLOPE_FAMILIES = frozenset({"overlap_l1", "overlap_squared", "sorted"})
+SLOPE_FAMILIES = frozenset({"overlap_l1", "overlap_squared"})
 """Families of sums whose gradient is code of its own in a kernel, which others do without."""
 
 
 @cache
 def coefficient_width(families: frozenset[str]) -> int:
     """Return how many coefficients a row has in the gradient of a loss made of ``families``."""
-    bins = [HISTOGRAMS[f].bins for f in histograms(families) if f not in CURVES]
-    return COEFFICIENTS + (2 * bins[0] if bins else 2 if "sorted" in families else 0)
+    histogram = lovasz_histogram(families)
+    return COEFFICIENTS + (2 * histogram.bins if histogram else 2 if "sorted" in families else 0)
 
 
 def more_coefficients(terms: NDArray[np.float64]) -> int:

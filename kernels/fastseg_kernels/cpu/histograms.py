@@ -1,8 +1,10 @@
 """Counting voxels by a number that each has, and looking up the slopes of Lovasz terms by it.
 
-`constants.Histogram` says what is counted. A task counts in words of its own, a count and a sum in
-each, and adds them to those of its row when it comes to another row, or when a sum may be full.
-Counts are integers, so the order in which tasks do that does not matter.
+`constants.Histogram` says what is counted. A kernel that reads voxels calls those of this file
+through their addresses, as it calls those that load and store: they are compiled once, and not once
+more for each set of sums that is added up in the same pass. A task counts in words of its own, a
+count and a sum in each, and adds them to those of its row when it comes to another row, or when a
+sum may be full. Counts are integers, so the order in which tasks do that does not matter.
 
 Which word, and what is added to it, is worked out by vectors and without a branch for `CHUNK`
 voxels; then they are added one by one (with branches it took 5 times as long). Word 0 has the
@@ -11,23 +13,35 @@ predictions that are NaN, the last one what belongs to no bin.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fastseg_kernels.constants import FRACTION_BITS, HISTOGRAMS, OCTAVES, Histogram, histograms
-from fastseg_kernels.cpu.compiled import function, inlined
+from fastseg_kernels.constants import (
+    COEFFICIENTS,
+    CURVES,
+    FRACTION_BITS,
+    HISTOGRAMS,
+    OCTAVES,
+    Histogram,
+    histograms,
+)
+from fastseg_kernels.cpu.compiled import Kernel, function, inlined, pasted
 from fastseg_kernels.cpu.elementary import REALS, Real
 from fastseg_kernels.cpu.intrinsics import (
     add_atomically,
     address_of,
     bits_of,
+    call_kernel,
+    carray,
     is_same,
     pointer_to,
     stack_array,
     wide_vectors,
 )
-from fastseg_kernels.cpu.points import Variant
+from fastseg_kernels.cpu.stage import JOB, MOST_TALLIES
 
 SUM_BITS = 40
 """Bits of a word that hold the sum; those above hold the count."""
@@ -39,57 +53,99 @@ PIECE = 65536
 """Voxels that are counted while they are still in the cache."""
 CHUNK = 1024
 
+VOXELS = np.dtype(
+    [
+        ("x", np.int64),  # address of the predictions; with softmax of a class's exponentials
+        ("p", np.int64),  # address of the targets
+        ("count", np.int64),
+        (
+            "left_out",
+            np.int64,
+        ),  # how many of them do not count, and are in the buffers all the same
+        ("words", np.int64),  # address of the task's words for the row
+        ("flush_row", np.int64),  # row to whose counts the words are added before; -1: none
+        ("row", np.int64),  # whose slopes are looked up
+        ("out", np.int64),  # address of the reals to which slopes are added
+        ("c", np.int64),  # with softmax: the class, and addresses of what voxels are known by
+        ("inverse", np.int64),  # 1 / (left + e_m)
+        ("left", np.int64),
+        ("largest", np.int64),
+        ("target", np.int64),
+        ("keep", np.int64),  # 0: left out
+    ]
+)
+"""Voxels of one row for the kernels of this file."""
 
-class Counter(NamedTuple):
-    """What counts the voxels of a task for all histograms of a variant."""
 
-    families: tuple[str, ...]
-    words: int  # of a task
-    add: Any  # add(x, p, count, left_out, words); with softmax `ClassTile` for x
-    flush: Any  # flush(words, row): add them to the counts of the row, and start anew
+class Bins(NamedTuple):
+    """Where the bins of errors lie among the bits of a float, as a kernel works it out once."""
+
+    base: Any  # bits above ``below`` where the first octave begins
+    below: Any  # number of fraction bits within a bin
+    mask: Any
+    spare: Any  # fraction bits that are not kept
+    whole: Any  # the sum's part of a whole bin
+    last: Any  # number of the last bin
+    second: Any  # the first word of the background
+    none: Any  # the word of what belongs to no bin
 
 
-def words_of(family: str) -> int:
+def words_of(histogram: Histogram) -> int:
     """Return the number of words that a task counts in."""
-    return 2 + 2 * HISTOGRAMS[family].bins
+    return 2 + 2 * histogram.bins
 
 
 def task_words(families: frozenset[str]) -> int:
-    """Return the number of words of all histograms."""
-    return sum(words_of(family) for family in histograms(families))
+    """Return the number of words of all histograms, for one row."""
+    return sum(words_of(HISTOGRAMS[family]) for family in histograms(families))
 
 
-def make_place_error(histogram: Histogram, real: Real) -> Any:
-    """Return ``place(error, positive)``: the word of an error, and its part of the sum."""
-    T, I = real.scalar, real.integer  # noqa: E741
-    zero = T(0)
-    per_octave = histogram.bins // OCTAVES
-    below = real.fraction_bits - (per_octave.bit_length() - 1)  # fraction bits within a bin
-    bias = 127 if real.fraction_bits == FRACTION_BITS else 1023
-    base, bins = I((bias + histogram.lowest) * per_octave), I(histogram.bins)
-    shift, mask, spare = I(below), I((1 << below) - 1), I(real.fraction_bits - FRACTION_BITS)
-    whole = I(1 << (below - (real.fraction_bits - FRACTION_BITS)))
-    first, second = I(1), I(1 + histogram.bins)
-    nothing, last, none = I(0), I(histogram.bins - 1), I(1 + 2 * histogram.bins)
+def make_bins_of(real: Real) -> Any:
+    """Return ``bins_of(bins, octave_bits, lowest)``."""
+    I = real.integer  # noqa: E741
+    bias, fraction_bits = real.exponent_bias, real.fraction_bits
+    spare = fraction_bits - FRACTION_BITS
 
     @inlined
-    def place(error, positive):  # type: ignore[no-untyped-def]
+    def bins_of(bins, octave_bits, lowest):  # type: ignore[no-untyped-def]
+        below = fraction_bits - octave_bits
+        return Bins(
+            I((bias + lowest) << octave_bits),
+            I(below),
+            I((1 << below) - 1),
+            I(spare),
+            I(1 << (below - spare)),
+            I(bins - 1),
+            I(1 + bins),
+            I(1 + 2 * bins),
+        )
+
+    return bins_of
+
+
+def make_place_error(real: Real) -> Any:
+    """Return ``place(error, positive, bins)``: the word of an error, and its part of the sum."""
+    T, I = real.scalar, real.integer  # noqa: E741
+    zero, first, nothing = T(0), I(1), I(0)
+
+    @inlined
+    def place(error, positive, bins):  # type: ignore[no-untyped-def]
         bits = bits_of(error)
-        k = I(I(bits >> shift) - base)
-        part = I(I(bits & mask) >> spare)
+        k = I(I(bits >> bins.below) - bins.base)
+        part = I(I(bits & bins.mask) >> bins.spare)
         part = nothing if k < first else part
-        part = whole if k >= bins else part
+        part = bins.whole if k > bins.last else part
         k = nothing if k < first else k
-        k = last if k >= bins else k
-        word = I(k + (first if positive else second))
-        word = word if error > zero else none
+        k = bins.last if k > bins.last else k
+        word = I(k + (first if positive else bins.second))
+        word = word if error > zero else bins.none
         return (word if error == error else nothing), part
 
     return place
 
 
 def make_place_prediction(histogram: Histogram, real: Real) -> Any:
-    """Return ``place(prediction, positive)``, as for errors; there is no sum."""
+    """Return ``place(prediction, positive, bins)``, as for errors; there is no sum."""
     T, I = real.scalar, real.integer  # noqa: E741
     logits = histogram.measure == "logits"
     scale, shift = (T(32), histogram.bins // 2) if logits else (T(histogram.bins), 0)
@@ -97,7 +153,7 @@ def make_place_prediction(histogram: Histogram, real: Real) -> Any:
     first, second, nothing, unit = I(1), I(1 + histogram.bins), I(0), I(1)
 
     @inlined
-    def place(prediction, positive):  # type: ignore[no-untyped-def]
+    def place(prediction, positive, bins):  # type: ignore[no-untyped-def]
         scaled = prediction * scale  # exact; adding the shift to it would round
         inside = scaled if scaled > least else least  # NaN is the least here
         inside = inside if inside < most else most
@@ -109,11 +165,16 @@ def make_place_prediction(histogram: Histogram, real: Real) -> Any:
     return place
 
 
-def make_place(histogram: Histogram, real: Real) -> Any:
-    """Return what says where a voxel is counted: ``place(number, positive) = (word, part)``."""
-    if histogram.measure in ("logits", "probs"):
-        return make_place_prediction(histogram, real)
-    return make_place_error(histogram, real)
+def _measure_of(measure: str) -> Histogram:
+    """Return a histogram of a measure: of predictions the one, of errors any."""
+    return next(histogram for histogram in HISTOGRAMS.values() if histogram.measure == measure)
+
+
+def make_place(measure: str, real: Real) -> Any:
+    """Return what says where a voxel is counted: ``place(number, positive, bins) = word, part``."""
+    if measure in ("logits", "probs"):
+        return make_place_prediction(_measure_of(measure), real)
+    return make_place_error(real)
 
 
 @function
@@ -123,14 +184,24 @@ def add_words(places, parts, count, words):  # type: ignore[no-untyped-def]
         words[places[i]] += UNIT + parts[i]
 
 
-def _make_measure(histogram: Histogram, variant: Variant, real: Real) -> Any:
-    """Return ``measure(x, p) = (number, positive)`` of a voxel."""
+@function
+def add_slopes(places, count, slopes, out):  # type: ignore[no-untyped-def]
+    """Add the slopes of words to reals."""
+    for i in range(count):
+        out[i] += slopes[places[i]]
+
+
+def _make_find(targets: str, measure: str, real: Real) -> Any:
+    """Return ``find(voxels, start, count, bins, places, parts)``: the words of some voxels."""
     T = real.scalar
     zero, one, half = T(0), T(1), T(0.5)
-    hinge, binary = histogram.measure == "hinge", variant.targets == "binary"
+    hinge, binary = measure == "hinge", targets == "binary"
+    Target = np.uint8 if binary else T
+    x_size, p_size = np.dtype(T).itemsize, np.dtype(Target).itemsize
+    place = make_place(measure, real)
 
     @inlined
-    def measure(x, p):  # type: ignore[no-untyped-def]
+    def measured(x, p):  # type: ignore[no-untyped-def]
         if binary:
             positive = p != 0
         elif hinge:
@@ -139,98 +210,64 @@ def _make_measure(histogram: Histogram, variant: Variant, real: Real) -> Any:
             positive = p >= half
         return (one - (x if positive else -x) if hinge else x), positive
 
-    return measure
-
-
-def _make_add(family: str, variant: Variant, real: Real) -> Any:
-    """Return what counts voxels in one histogram."""
-    T, I = real.scalar, real.integer  # noqa: E741
-    histogram = HISTOGRAMS[family]
-    measure, place = _make_measure(histogram, variant, real), make_place(histogram, real)
-    Target = np.uint8 if variant.targets == "binary" else T
-    x_size, p_size = np.dtype(T).itemsize, np.dtype(Target).itemsize
-    least_background = 1 + histogram.bins if histogram.measure in ("logits", "probs") else 0
-
-    @function
-    def add(x, p, count, left_out, words):  # type: ignore[no-untyped-def]
-        wide_vectors()
-        places, parts = stack_array(CHUNK, I), stack_array(CHUNK, I)
-        for start in range(0, count, CHUNK):
-            here = min(CHUNK, count - start)
-            x_here = pointer_to(address_of(x) + start * x_size, T)
-            p_here = pointer_to(address_of(p) + start * p_size, Target)
-            for i in range(here):
-                number, positive = measure(x_here[i], p_here[i])
-                places[i], parts[i] = place(number, positive)
-            add_words(places, parts, here, words)
-        if least_background > 0:  # in the buffers those are the least predictions of background
-            words[least_background] -= UNIT * left_out
-
-    return add
-
-
-def make_class_measure(histogram: Histogram, variant: Variant, real: Real) -> Any:
-    """Return ``measure(q, rest, is_target, p)`` of a class of a voxel, as `_make_measure`."""
-    zero = real.scalar(0)
-    errors, indexed = histogram.measure == "errors", "indexed" in variant.targets
-
-    @inlined
-    def measure(q, rest, is_target, p):  # type: ignore[no-untyped-def]
-        positive = (p != zero) if errors and not indexed else is_target
-        return (rest if errors and positive else q), positive
-
-    return measure
-
-
-def _make_add_class(family: str, variant: Variant, real: Real) -> Any:
-    """Return what counts the voxels of a tile for one class, with softmax."""
-    T, I = real.scalar, real.integer  # noqa: E741
-    zero = T(0)
-    histogram = HISTOGRAMS[family]
-    indexed, errors = "indexed" in variant.targets, histogram.measure == "errors"
-    measure, place = make_class_measure(histogram, variant, real), make_place(histogram, real)
-    least_background = 0 if errors else 1 + histogram.bins
-
-    @function
-    def add(tile, p, count, left_out, words):  # type: ignore[no-untyped-def]
-        """``tile``: the voxels, see `ClassTile`."""
-        wide_vectors()
-        places, parts = stack_array(CHUNK, I), stack_array(CHUNK, I)
+    @pasted
+    def find(voxels, start, count, bins, places, parts):  # type: ignore[no-untyped-def]
+        x, p = (
+            pointer_to(voxels.x + start * x_size, T),
+            pointer_to(voxels.p + start * p_size, Target),
+        )
         for i in range(count):
-            q = tile.e[i] * tile.inverse[i]
-            rest = (tile.left[i] + (tile.largest[i] - tile.e[i])) * tile.inverse[i]
-            is_target = is_same(tile.target[i], tile.c)
-            number, positive = measure(q, rest, is_target, zero if indexed else p[i])
-            inside = tile.keep[i] != zero
+            number, positive = measured(x[i], p[i])
+            places[i], parts[i] = place(number, positive, bins)
+
+    return find
+
+
+def _make_find_class(targets: str, measure: str, real: Real) -> Any:
+    """Return what finds the words of voxels for one class, with softmax."""
+    T, I = real.scalar, real.integer  # noqa: E741
+    zero, size = T(0), np.dtype(T).itemsize
+    errors, indexed = measure == "errors", targets == "indexed"
+    place = make_place(measure, real)
+
+    @pasted
+    def find(voxels, start, count, bins, places, parts):  # type: ignore[no-untyped-def]
+        shift, c = start * size, I(voxels.c)
+        e, p = pointer_to(voxels.x + shift, T), pointer_to(voxels.p + shift, T)
+        inverse, left = pointer_to(voxels.inverse + shift, T), pointer_to(voxels.left + shift, T)
+        largest, keep = pointer_to(voxels.largest + shift, T), pointer_to(voxels.keep + shift, T)
+        target = pointer_to(voxels.target + shift, I)
+        for i in range(count):
+            q = e[i] * inverse[i]
+            rest = (left[i] + (largest[i] - e[i])) * inverse[i]
+            is_target = is_same(target[i], c)
+            positive = p[i] != zero if errors and not indexed else is_target
+            number = rest if errors and positive else q
+            inside = keep[i] != zero
             number = number if inside else zero
-            places[i], parts[i] = place(number, positive if inside else False)
-        add_words(places, parts, count, words)
-        if least_background > 0:
-            words[least_background] -= UNIT * left_out
+            places[i], parts[i] = place(number, positive if inside else False, bins)
 
-    return add
+    return find
 
 
-class ClassTile(NamedTuple):
-    """Pointers to what is known of the voxels of a tile, and of one class of them."""
-
-    e: Any
-    inverse: Any  # 1 / (left + e_m)
-    left: Any
-    largest: Any
-    target: Any
-    keep: Any
-    c: Any
+def make_find(activation: str, targets: str, measure: str, real: Real) -> Any:
+    """Return what finds the words of voxels."""
+    make = _make_find_class if activation == "softmax" else _make_find
+    return make(targets, measure, real)
 
 
-def _make_flush(family: str) -> Any:
-    """Return what adds a task's words to the row's counts."""
-    histogram = HISTOGRAMS[family]
-    bins, with_sums = histogram.bins, len(histogram.parts) == 4
+@cache
+def count_kernel(real_name: str, activation: str, targets: str, measure: str) -> Kernel:
+    """Compile ``count(job, voxels, tally)``: add voxels to the words of one histogram."""
+    real = REALS[real_name]
+    I = real.integer  # noqa: E741
+    with_sums = measure in ("hinge", "errors")
+    first_background = 0 if with_sums else 1 + _measure_of(measure).bins
+    find, bins_of = make_find(activation, targets, measure, real), make_bins_of(real)
     low = UNIT - 1
 
     @function
-    def flush(words, row):  # type: ignore[no-untyped-def]
+    def flush(words, row, bins):  # type: ignore[no-untyped-def]
         for k in range(1 + 2 * bins):
             word = words[k]
             if word != 0:
@@ -240,137 +277,104 @@ def _make_flush(family: str) -> Any:
                     add_atomically(here + 16 * bins, word & low)
                 words[k] = 0
 
-    return flush
-
-
-def make_counter(variant: Variant) -> Counter:
-    """Return what counts for a variant; for one without histograms it does nothing."""
-    families, real = histograms(variant.families), REALS[variant.real]
-    softmax = variant.activation == "softmax"
-    make_add = _make_add_class if softmax else _make_add
-    adds = [make_add(family, variant, real) for family in families]
-    flushes = [_make_flush(family) for family in families]
-    sizes = [words_of(family) for family in families]
-    if not families:
-
-        @inlined
-        def nothing(x, p, count, left_out, words):  # type: ignore[no-untyped-def]
-            return
-
-        @inlined
-        def no_flush(words, row):  # type: ignore[no-untyped-def]
-            return
-
-        return Counter((), 1, nothing, no_flush)
-    if len(families) == 1:
-        return Counter(families, sizes[0], adds[0], flushes[0])
-    if len(families) > 2:
-        raise ValueError(f"at most two histograms are counted at once, got {', '.join(families)}")
-    (add_first, add_second), (flush_first, flush_second) = adds, flushes
-    size, width = sizes[0], HISTOGRAMS[families[0]].width
-
-    @function
-    def add(x, p, count, left_out, words):  # type: ignore[no-untyped-def]
-        second = pointer_to(address_of(words) + 8 * size, np.int64)
-        add_first(x, p, count, left_out, words)
-        add_second(x, p, count, left_out, second)
-
-    @function
-    def flush(words, row):  # type: ignore[no-untyped-def]
-        flush_first(words, row)
-        second = pointer_to(address_of(words) + 8 * size, np.int64)
-        flush_second(second, pointer_to(address_of(row) + 8 * width, np.int64))
-
-    return Counter(families, sum(sizes), add, flush)
-
-
-def lovasz_family(families: frozenset[str]) -> str | None:
-    """Return the histogram whose slopes the gradient looks up, if there is one."""
-    found = [f for f in histograms(families) if HISTOGRAMS[f].measure in ("hinge", "errors")]
-    return found[0] if found else None
-
-
-def make_class_look_up(variant: Variant, real: Real) -> Any:
-    """Return what adds the slopes of the errors of a class of a tile to its h_c."""
-    T, I = real.scalar, real.integer  # noqa: E741
-    zero, indexed = T(0), "indexed" in variant.targets
-    family = lovasz_family(variant.families)
-    if family is None:
-
-        @inlined
-        def nothing(tile, p, count, table, h):  # type: ignore[no-untyped-def]
-            return
-
-        return nothing
-    histogram = HISTOGRAMS[family]
-    bins, last = histogram.bins, 2 * histogram.bins - 1
-    measure, place = make_class_measure(histogram, variant, real), make_place(histogram, real)
-
-    @function
-    def look_up(tile, p, count, table, h):  # type: ignore[no-untyped-def]
+    def count(job_address, voxels_address, index):  # type: ignore[no-untyped-def]
         wide_vectors()
-        places = stack_array(CHUNK, I)
-        for i in range(count):
-            q = tile.e[i] * tile.inverse[i]
-            rest = (tile.left[i] + (tile.largest[i] - tile.e[i])) * tile.inverse[i]
-            is_target = is_same(tile.target[i], tile.c)
-            number, positive = measure(q, rest, is_target, zero if indexed else p[i])
-            places[i], _ = place(number, positive)
-        for i in range(count):  # where the error is 0, or NaN, any slope will do
-            k = min(max(places[i] - 1, 0), last)
-            h[i] += T(-table[k]) if k < bins else T(table[k])
+        job = carray(pointer_to(job_address, JOB), 1)[0]
+        voxels = carray(pointer_to(voxels_address, VOXELS), 1)[0]
+        tally = job.tallies[index]
+        words = pointer_to(voxels.words + 8 * tally.first_word, np.int64)
+        if voxels.flush_row >= 0:
+            column = job.counted_columns * voxels.flush_row + tally.first_column
+            flush(words, pointer_to(job.counts + 8 * column, np.int64), tally.bins)
+        bins = bins_of(tally.bins, tally.octave_bits, tally.lowest)
+        places, parts = stack_array(CHUNK, I), stack_array(CHUNK, I)
+        for start in range(0, voxels.count, CHUNK):
+            here = min(CHUNK, voxels.count - start)
+            find(voxels, start, here, bins, places, parts)
+            add_words(places, parts, here, words)
+        if not with_sums:  # in the buffers they are the least predictions of background
+            words[first_background] -= UNIT * voxels.left_out
 
-    return look_up
+    return Kernel(count, f"count-{real_name}-{activation}-{targets}-{measure}")
 
 
-def make_look_up(variant: Variant, real: Real) -> Any:
-    """Return what adds the slopes of the Lovasz hinge to a gradient.
+@cache
+def look_up_kernel(real_name: str, activation: str, targets: str, measure: str) -> Kernel:
+    """Compile ``look_up(job, voxels, tally)``: add the slopes of a Lovasz term to ``voxels.out``.
 
-    ``slopes`` are those of the words, signed, as `make_signed` writes them.
+    They are those of the words, as `signed_slopes` writes them.
     """
+    real = REALS[real_name]
     T, I = real.scalar, real.integer  # noqa: E741
-    family = lovasz_family(variant.families)
-    if family is None:
+    size = np.dtype(T).itemsize
+    find, bins_of = make_find(activation, targets, measure, real), make_bins_of(real)
 
-        @inlined
-        def nothing(x, p, count, slopes, out):  # type: ignore[no-untyped-def]
-            return
-
-        return nothing
-    Target = np.uint8 if variant.targets == "binary" else T
-    x_size, p_size = np.dtype(T).itemsize, np.dtype(Target).itemsize
-    histogram = HISTOGRAMS[family]
-    measure, place = _make_measure(histogram, variant, real), make_place(histogram, real)
-
-    @function
-    def look_up(x, p, count, slopes, out):  # type: ignore[no-untyped-def]
+    def look_up(job_address, voxels_address, index):  # type: ignore[no-untyped-def]
         wide_vectors()
-        places = stack_array(CHUNK, I)
-        for start in range(0, count, CHUNK):
-            here = min(CHUNK, count - start)
-            x_here = pointer_to(address_of(x) + start * x_size, T)
-            p_here = pointer_to(address_of(p) + start * p_size, Target)
-            out_here = pointer_to(address_of(out) + start * x_size, T)
-            for i in range(here):
-                number, positive = measure(x_here[i], p_here[i])
-                word, _ = place(number, positive)
-                places[i] = word
-            for i in range(here):
-                out_here[i] += slopes[places[i]]
+        job = carray(pointer_to(job_address, JOB), 1)[0]
+        voxels = carray(pointer_to(voxels_address, VOXELS), 1)[0]
+        tally = job.tallies[index]
+        slopes = pointer_to(job.signed + size * (2 + 2 * tally.bins) * voxels.row, T)
+        bins = bins_of(tally.bins, tally.octave_bits, tally.lowest)
+        places, parts = stack_array(CHUNK, I), stack_array(CHUNK, I)
+        for start in range(0, voxels.count, CHUNK):
+            here = min(CHUNK, voxels.count - start)
+            find(voxels, start, here, bins, places, parts)
+            add_slopes(places, here, slopes, pointer_to(voxels.out + start * size, T))
 
-    return look_up
+    return Kernel(look_up, f"look-up-{real_name}-{activation}-{targets}-{measure}")
 
 
-def make_signed(variant: Variant, real: Real) -> Any:
-    """Return ``signed(table, slopes)``: what is added to dL/dx of a voxel of each word."""
-    family = lovasz_family(variant.families)
-    T = real.scalar
-    bins, nan, zero = HISTOGRAMS[family].bins if family else 0, T(np.nan), T(0)
+@function
+def tally(job, job_address, voxels):  # type: ignore[no-untyped-def]
+    """Call what a job has for voxels: that counts them, or that looks their slopes up."""
+    for index in range(job.tallied):
+        call_kernel(job.tallies[index].kernel, job_address, voxels, index)
 
-    @function
-    def signed(table, slopes):  # type: ignore[no-untyped-def]
-        slopes[0], slopes[1 + 2 * bins] = nan, zero
-        for k in range(bins):
-            slopes[1 + k], slopes[1 + bins + k] = T(-table[k]), T(table[bins + k])
 
-    return signed
+@inlined
+def is_full(group, counted, in_words, count):  # type: ignore[no-untyped-def]
+    """Tell whether the words of ``counted`` (-1: none) are flushed before more are counted."""
+    return counted >= 0 and (group != counted or in_words + count > MOST_VOXELS)
+
+
+def _fill(record: Any, histogram: Histogram, kernel: Kernel) -> None:
+    """Write a histogram to ``record``, one of ``job.tallies``."""
+    record["kernel"], record["bins"] = kernel.address, histogram.bins
+    record["octave_bits"] = (histogram.bins // OCTAVES).bit_length() - 1
+    record["lowest"] = histogram.lowest
+
+
+def prepare_counts(record: Any, kind: tuple[str, str, str], families: frozenset[str]) -> None:
+    """Write to a job what counts for ``families``; ``kind``: real, activation, targets."""
+    names = histograms(families)
+    if len(names) > MOST_TALLIES:
+        raise ValueError(f"at most {MOST_TALLIES} histograms are counted at once, got {names}")
+    words = column = 0
+    for index, name in enumerate(names):
+        histogram, own = HISTOGRAMS[name], record["tallies"][index]
+        _fill(own, histogram, count_kernel(*kind, histogram.measure))
+        own["first_word"], own["first_column"] = words, column
+        words, column = words + words_of(histogram), column + histogram.width
+    record["tallied"], record["row_words"], record["counted_columns"] = len(names), words, column
+    record["curve"] = bool({*names} & {*CURVES})
+
+
+def prepare_look_up(record: Any, kind: tuple[str, str, str], histogram: Histogram) -> None:
+    """Write to a job what looks up the slopes of a histogram; ``kind`` as above."""
+    _fill(record["tallies"][0], histogram, look_up_kernel(*kind, histogram.measure))
+    record["tallied"] = 1
+
+
+def signed_slopes(coefficients: NDArray[np.float64], bins: int, real: str) -> NDArray[Any]:
+    """Return what is added to dL/dx (with softmax dL/dq) of a voxel of each word.
+
+    From the slopes dL/de that follow the other coefficients of each row: an error of the foreground
+    falls where its prediction rises.
+    """
+    slopes = np.zeros((*coefficients.shape[:2], 2 + 2 * bins), real)
+    slopes[:, :, 0] = np.nan
+    of_errors = coefficients[:, :, COEFFICIENTS:]
+    np.negative(of_errors[:, :, :bins], out=slopes[:, :, 1 : 1 + bins], casting="same_kind")
+    slopes[:, :, 1 + bins : -1] = of_errors[:, :, bins:]
+    return slopes

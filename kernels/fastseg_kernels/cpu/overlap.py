@@ -13,25 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from fastseg_kernels.constants import (
-    BASE_COLUMNS,
-    COEFFICIENTS,
-    HISTOGRAMS,
-    coefficient_width,
-    columns,
-)
+from fastseg_kernels.constants import BASE_COLUMNS, COEFFICIENTS, columns
 from fastseg_kernels.cpu.compiled import Kernel, function
 from fastseg_kernels.cpu.elementary import REALS, Real
-from fastseg_kernels.cpu.histograms import (
-    MOST_VOXELS,
-    PIECE,
-    lovasz_family,
-    make_counter,
-    make_look_up,
-    make_signed,
-    words_of,
-)
+from fastseg_kernels.cpu.histograms import PIECE, VOXELS, is_full, tally
 from fastseg_kernels.cpu.intrinsics import (
+    add_atomically,
     address_of,
     call_kernel,
     carray,
@@ -41,7 +28,7 @@ from fastseg_kernels.cpu.intrinsics import (
 )
 from fastseg_kernels.cpu.operands import SCRATCH_WORDS, STAGE, voxel_address
 from fastseg_kernels.cpu.points import Coefficients, Variant, make_is_allowed, make_point
-from fastseg_kernels.cpu.stage import EXCLUDED_INPUT, JOB, LOAD_REQUEST
+from fastseg_kernels.cpu.stage import EXCLUDED_INPUT, JOB, LOAD_REQUEST, PARTS
 from fastseg_kernels.cpu.tiles import TILE, make_tile_sums
 
 SHORTEST_BLOCK = 8192
@@ -104,23 +91,9 @@ def statistics_kernel(variant: Variant) -> Kernel:
     T = REALS[variant.real].scalar
     Target = np.uint8 if variant.targets == "binary" else T
     width = len(columns(variant.families, counts=False))
-    counter = make_counter(variant)
-    counts_width = sum(HISTOGRAMS[family].width for family in counter.families)
-    words_of_task, add_counts, flush = counter.words, counter.add, counter.flush
-    counted = bool(counter.families)
-    piece = PIECE if counted else 2**62
     probs, smallest = variant.activation == "probs", np.finfo(T).smallest_subnormal
     tile_sums, direct_tail = make_tile_sums(variant), _make_direct_tail(variant)
     count_invalid = _make_count_invalid(variant)
-
-    @function
-    def turn_to(row, counted_row, count, in_words, words, job):  # type: ignore[no-untyped-def]
-        """Make room for ``count`` voxels of a row; return how many are in the words then."""
-        if row == counted_row and in_words + count <= MOST_VOXELS:
-            return in_words + count
-        if counted_row >= 0:
-            flush(words, pointer_to(job.counts + 8 * counts_width * counted_row, np.int64))
-        return count
 
     def statistics(job_address, first, last):  # type: ignore[no-untyped-def]
         job = carray(pointer_to(job_address, JOB), 1)[0]
@@ -133,11 +106,13 @@ def statistics_kernel(variant: Variant) -> Kernel:
         # Padding is probability 0, and must not reach a threshold that is 0 as a float32.
         threshold = max(T(job.threshold), smallest) if probs else T(job.threshold)
         groups = job.classes // job.inner_classes
-        words = stack_array(words_of_task, np.int64)
-        counted_row, in_words = -1, 0
-        if counted:
-            for i in range(words_of_task):
-                words[i] = 0
+        voxels_pointer = stack_array(1, VOXELS)
+        voxels = carray(voxels_pointer, 1)[0]
+        piece = PIECE if job.tallied != 0 else job.voxels
+        counted_row, in_words, words = -1, 0, 0  # the words' first row, and voxels of each row
+        if job.tallied != 0:
+            part = add_atomically(job_address + PARTS, 1)
+            words = job.words + 8 * job.row_words * job.inner_classes * part
         for task in range(first, last):
             row, block = task // job.blocks, task % job.blocks
             n, first_class = row // groups, (row % groups) * job.inner_classes
@@ -165,16 +140,21 @@ def statistics_kernel(variant: Variant) -> Kernel:
                     bad |= tile_sums(x, p, w, 1, threshold, out)
                 if bad != 0:
                     out[INVALID_COLUMN] += count_invalid(x_here, p_here, w, count)
-                if counted:
-                    in_words = turn_to(this_row, counted_row, count, in_words, words, job)
-                    counted_row = this_row
-                    add_counts(x_here, p_here, count, 0, words)
+                if job.tallied != 0:
+                    full = is_full(this_row, counted_row, in_words, count)
+                    voxels.x, voxels.p = address_of(x_here), address_of(p_here)
+                    voxels.count, voxels.left_out = count, 0
+                    voxels.words, voxels.flush_row = words, counted_row if full else -1
+                    tally(job, job_address, address_of(voxels_pointer))
+                    counted_row, in_words = this_row, count if full else in_words + count
                 out[VOXELS_COLUMN] += count
                 out[COUNT_COLUMN] += count
                 voxel += count
             while voxel < end:
                 count = min(STAGE, end - voxel)
                 tiles = (count + TILE - 1) // TILE
+                first_row = n * job.classes + first_class
+                full = is_full(first_row, counted_row, in_words, count)
                 for c in range(first_class, first_class + job.inner_classes):
                     index = (n * job.classes + c) * job.blocks + block
                     out = pointer_to(job.sums + 8 * width * index, np.float64)
@@ -183,16 +163,23 @@ def statistics_kernel(variant: Variant) -> Kernel:
                     call_kernel(job.load, job_address, address_of(ask_pointer), 0)
                     if tile_sums(x, p, w, tiles, threshold, out) != 0:
                         out[INVALID_COLUMN] += count_invalid(x, p, w, count)
-                    if counted:
-                        this_row = n * job.classes + c
-                        in_words = turn_to(this_row, counted_row, count, in_words, words, job)
-                        counted_row = this_row
-                        add_counts(x, p, count, ask.left_out, words)
+                    if job.tallied != 0:
+                        k = c - first_class
+                        voxels.x, voxels.p = address_of(x), address_of(p)
+                        voxels.count, voxels.left_out = count, ask.left_out
+                        voxels.words = words + 8 * job.row_words * k
+                        voxels.flush_row = counted_row + k if full else -1
+                        tally(job, job_address, address_of(voxels_pointer))
                     out[VOXELS_COLUMN] += count
                     out[COUNT_COLUMN] += count - ask.left_out
+                counted_row, in_words = first_row, count if full else in_words + count
                 voxel += count
-        if counted:
-            turn_to(-1, counted_row, 0, in_words, words, job)
+        if job.tallied != 0 and counted_row >= 0:
+            voxels.count, voxels.left_out = 0, 0
+            for k in range(job.inner_classes):
+                voxels.words = words + 8 * job.row_words * k
+                voxels.flush_row = counted_row + k
+                tally(job, job_address, address_of(voxels_pointer))
 
     return Kernel(statistics, variant.name("statistics"))
 
@@ -237,15 +224,7 @@ def _second_pass(variant: Variant, verb: str) -> Kernel:
     folded = binary and variant.activation == "sigmoid" and "overlap_l1" in variant.families
     Target = np.uint8 if binary else T
     zero = T(0)
-    slope, look_up = make_point(variant, real).slope, make_look_up(variant, real)
-    family = lovasz_family(variant.families)
-    looked_up, with_given, size = (
-        family is not None,
-        "sorted" in variant.families,
-        np.dtype(T).itemsize,
-    )
-    width = coefficient_width(variant.families) if verb == "gradient" else COEFFICIENTS
-    signed, words = make_signed(variant, real), words_of(family) if family else 1
+    slope, size = make_point(variant, real).slope, np.dtype(T).itemsize
 
     @function
     def slopes(x, p, w, count, coefficients, out):  # type: ignore[no-untyped-def]
@@ -276,7 +255,8 @@ def _second_pass(variant: Variant, verb: str) -> Kernel:
         ask.p, ask.w = address_of(p), address_of(w)
         ask.excluded, ask.scratch = address_of(excluded), address_of(scratch)
         groups = job.classes // job.inner_classes
-        of_words, row_of_words = stack_array(words, T), -1
+        voxels_pointer = stack_array(1, VOXELS)
+        voxels = carray(voxels_pointer, 1)[0]
         for task in range(first, last):
             row, block = task // job.blocks, task % job.blocks
             n, first_class = row // groups, (row % groups) * job.inner_classes
@@ -284,11 +264,9 @@ def _second_pass(variant: Variant, verb: str) -> Kernel:
             while voxel < end:
                 count = min(STAGE, end - voxel)
                 for c in range(first_class, first_class + job.inner_classes):
-                    of_row = job.coefficients + 8 * width * (n * job.classes + c)
+                    voxels.row = n * job.classes + c
+                    of_row = job.coefficients + 8 * job.coefficient_width * voxels.row
                     exact = pointer_to(of_row, np.float64)
-                    if looked_up and row_of_words != n * job.classes + c:
-                        signed(pointer_to(of_row + 8 * COEFFICIENTS, np.float64), of_words)
-                        row_of_words = n * job.classes + c
                     for i in range(COEFFICIENTS):
                         k[i] = T(exact[i])
                     if folded:
@@ -297,24 +275,24 @@ def _second_pass(variant: Variant, verb: str) -> Kernel:
                     if job.in_place != 0:
                         g_here = pointer_to(voxel_address(job.out, n, c, voxel), T)
                     ask.n, ask.c, ask.voxel, ask.count, ask.padded = n, c, voxel, count, count
+                    ask.x, ask.left_out = address_of(x), 0
+                    x_here, p_here = x, p
                     if job.direct != 0:
                         x_here = pointer_to(voxel_address(job.logits, n, c, voxel), T)
                         p_here = pointer_to(voxel_address(job.targets, n, c, voxel), Target)
-                        slopes(x_here, p_here, w, count, k, g_here)
-                        if looked_up:
-                            look_up(x_here, p_here, count, of_words, g_here)
                     else:
-                        ask.x = address_of(x)
                         call_kernel(job.load, job_address, address_of(ask_pointer), 0)
-                        slopes(x, p, w, count, k, g_here)
-                        if looked_up:
-                            look_up(x, p, count, of_words, g_here)
-                        if ask.left_out > 0:  # exactly 0, also where a coefficient is not finite
-                            for i in range(count):
-                                if excluded[i] != 0:
-                                    g_here[i] = zero
-                    if with_given:
-                        place = (n * job.classes + c) * job.voxels + voxel
+                    slopes(x_here, p_here, w, count, k, g_here)
+                    if job.tallied != 0:
+                        voxels.x, voxels.p = address_of(x_here), address_of(p_here)
+                        voxels.count, voxels.out = count, address_of(g_here)
+                        tally(job, job_address, address_of(voxels_pointer))
+                    if ask.left_out > 0:  # exactly 0, also where a coefficient is not finite
+                        for i in range(count):
+                            if excluded[i] != 0:
+                                g_here[i] = zero
+                    if job.slopes != 0:
+                        place = voxels.row * job.voxels + voxel
                         add_slopes(count, pointer_to(job.slopes + size * place, T), g_here)
                     if job.in_place == 0:
                         ask.x = address_of(g)

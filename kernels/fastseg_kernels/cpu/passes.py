@@ -16,12 +16,18 @@ from fastseg_kernels.constants import (
     FLOAT_DTYPES,
     ITEM_SIZES,
     TARGETS_AS_STORED,
+    coefficient_width,
     columns,
-    slope_families,
+    lovasz_histogram,
 )
 from fastseg_kernels.cpu import overlap, softmax, sorting, threads
 from fastseg_kernels.cpu.compiled import Kernel
-from fastseg_kernels.cpu.histograms import task_words
+from fastseg_kernels.cpu.histograms import (
+    prepare_counts,
+    prepare_look_up,
+    signed_slopes,
+    task_words,
+)
 from fastseg_kernels.cpu.operands import fill_operand
 from fastseg_kernels.cpu.overlap import block_length
 from fastseg_kernels.cpu.points import Variant
@@ -32,19 +38,30 @@ from fastseg_kernels.problem import Arrangement, Evaluation, Problem
 from fastseg_kernels.views import Geometry, Layout, View, in_order_of, merge_layouts
 
 
+class _Call(NamedTuple):
+    """A kernel, and the job that it is called for: what depends on arrangement and families."""
+
+    kernel: Kernel
+    words: NDArray[np.int64]  # one job record, all but addresses and values filled in
+    free: list[tuple[NDArray[np.int64], int]]  # copies, with their addresses, that no call uses now
+    shape: tuple[int, ...] = ()  # of the sums of the statistics
+    counted: int = 0  # columns of their histograms
+    row_words: int = 0
+    bins: int = 0  # of the histogram whose slopes a gradient looks up
+
+
 class _Plan(NamedTuple):
     """What of a call depends on its arrangement alone."""
 
-    words: NDArray[np.int64]  # one job record, all but addresses and values filled in
+    job: NDArray[Any]  # one record, all but addresses, values and what families need filled in
     module: Any  # whose kernels these are: `overlap` or `softmax`
     variant: Variant
     tasks: int
-    blocks: int
+    blocks: int  # of a row
+    task_rows: int  # rows that a task reads
     share: bool  # large enough for more than one thread
-    kernels: dict[frozenset[str], tuple[Kernel, tuple[int, ...], int]]  # statistics; shape of
-    # their sums, number of columns of their histograms
-    gradients: dict[frozenset[str], Kernel]  # by the loss's families
-    free: list[tuple[NDArray[np.int64], int]]  # jobs, with their addresses, that no call uses now
+    statistics: dict[frozenset[str], _Call]  # by the families that are added up
+    gradients: dict[frozenset[str], _Call]  # by the loss's families
 
 
 def _word(*path: str) -> int:
@@ -60,10 +77,10 @@ def _word(*path: str) -> int:
 # A call sets a few words of a flat copy: copying a nested record costs 16 us, this 0.3.
 OPERANDS = ("logits", "targets", "mask", "weights", "out")
 ADDRESSES = tuple(_word(name, "address") for name in OPERANDS)
-STORE, IN_PLACE, SUMS, COUNTS, WORDS, PARTS, SLOPES, COEFFICIENT_TABLE = (
+STORE, IN_PLACE, SUMS, COUNTS, WORDS, PARTS, SIGNED, SLOPES, COEFFICIENT_TABLE = (
     _word(name)
     for name in (
-        "store", "in_place", "sums", "counts", "words", "parts", "slopes", "coefficients"
+        "store", "in_place", "sums", "counts", "words", "parts", "signed", "slopes", "coefficients"
     )
 )  # fmt: skip
 
@@ -140,7 +157,8 @@ def _plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
     tasks = shape[0] * groups * blocks
     variant = Variant(real, kind, arrangement.activation)
     share = prod(shape) >= SHARED_FROM
-    return _Plan(job.view(np.int64), overlap, variant, tasks, blocks, share, {}, {}, [])
+    task_rows = int(record["inner_classes"])
+    return _Plan(job, overlap, variant, tasks, blocks, task_rows, share, {}, {})
 
 
 def _softmax_plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
@@ -174,19 +192,19 @@ def _softmax_plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
     weighted = "weighted_" if arrangement.weights is not None else ""
     variant = Variant(real, weighted + targets, "softmax")
     tasks, share = shape[0] * blocks, prod(shape) >= SHARED_FROM
-    return _Plan(job.view(np.int64), softmax, variant, tasks, blocks, share, {}, {}, [])
+    return _Plan(job, softmax, variant, tasks, blocks, shape[1], share, {}, {})
 
 
-def _take_job(plan: _Plan, addresses: tuple[int, ...]) -> tuple[NDArray[np.int64], int]:
-    """Return a job of the plan and its address, with the operands' addresses filled in.
+def _take_job(call: _Call, addresses: tuple[int, ...]) -> tuple[NDArray[np.int64], int]:
+    """Return a job of the call and its address, with the operands' addresses filled in.
 
-    The caller gives it back to ``plan.free``. Making one takes a microsecond, as much as a small
+    The caller gives it back to ``call.free``. Making one takes a microsecond, as much as a small
     kernel. Taking and giving are single steps, so that threads may share a plan.
     """
     try:
-        words, address = plan.free.pop()
+        words, address = call.free.pop()
     except IndexError:
-        words = plan.words.copy()
+        words = call.words.copy()
         address = _address(words)
     for word, operand in zip(ADDRESSES, addresses, strict=False):
         words[word] = operand
@@ -198,6 +216,32 @@ def _address(array: Any) -> int:
     return array.ctypes.data if array.size == 0 else addressof(c_char.from_buffer(array))
 
 
+def _statistics_call(arrangement: Arrangement, plan: _Plan, families: frozenset[str]) -> _Call:
+    """Return the call that adds up the sums of ``families``."""
+    variant, job = plan.variant, plan.job.copy()
+    prepare_counts(job[0], (variant.real, variant.activation, variant.targets), families)
+    width = len(columns(families, counts=False))
+    return _Call(
+        plan.module.statistics_kernel(variant.adding(families)),
+        job.view(np.int64),
+        [],
+        (*arrangement.shape[:2], plan.blocks, width),
+        len(columns(families)) - width,
+        task_words(families),
+    )
+
+
+def _gradient_call(plan: _Plan, families: frozenset[str]) -> _Call:
+    """Return the call that writes the gradient of a loss made of ``families``."""
+    variant, job = plan.variant, plan.job.copy()
+    histogram = lovasz_histogram(families)
+    if histogram is not None:
+        prepare_look_up(job[0], (variant.real, variant.activation, variant.targets), histogram)
+    job["coefficient_width"] = coefficient_width(families)
+    kernel = plan.module.gradient_kernel(variant.sloping(families))
+    return _Call(kernel, job.view(np.int64), [], bins=histogram.bins if histogram else 0)
+
+
 def statistics(problem: Problem, families: frozenset[str]) -> NDArray[np.float64]:
     """Return the sums of every row, float64 (N, C, K), columns as `constants.columns` names them.
 
@@ -205,27 +249,22 @@ def statistics(problem: Problem, families: frozenset[str]) -> NDArray[np.float64
     """
     arrangement = problem.arrangement
     plan = _plan(arrangement, None)
-    if families not in plan.kernels:
-        kernel = plan.module.statistics_kernel(plan.variant._replace(families=families))
-        width = len(columns(families, counts=False))
-        shape = (*arrangement.shape[:2], plan.blocks, width)
-        plan.kernels[families] = kernel, shape, len(columns(families)) - width
-    kernel, shape, counted = plan.kernels[families]
-    job = _take_job(plan, problem.addresses)
+    call = plan.statistics.get(families)
+    if call is None:
+        call = plan.statistics[families] = _statistics_call(arrangement, plan, families)
+    job = _take_job(call, problem.addresses)
     words, address = job
-    partial = np.empty(shape)
+    partial = np.empty(call.shape)
     words[SUMS] = _address(partial)
     counts = own = parts = None
-    if counted:
-        counts = np.zeros((*shape[:2], counted), np.int64)
-        words[COUNTS] = _address(counts)
-        if plan.module is softmax:
-            parts = threads.parts_of(plan.tasks, plan.share)
-            own = np.zeros((parts, shape[1], task_words(families)), np.int64)
-            words[WORDS], words[PARTS] = _address(own), 0
+    if call.counted:
+        counts = np.zeros((*call.shape[:2], call.counted), np.int64)
+        parts = threads.parts_of(plan.tasks, plan.share)
+        own = np.zeros((parts, plan.task_rows, call.row_words), np.int64)
+        words[COUNTS], words[WORDS], words[PARTS] = _address(counts), _address(own), 0
     memory = (job, partial, counts, own, problem)
-    threads.run(kernel, address, plan.tasks, plan.share, memory, parts)
-    plan.free.append(job)
+    threads.run(call.kernel, address, plan.tasks, plan.share, memory, parts)
+    call.free.append(job)
     total: NDArray[np.float64] = partial[:, :, 0] if plan.blocks == 1 else partial.sum(axis=2)
     return total if counts is None else np.concatenate([total, counts], axis=2)
 
@@ -244,22 +283,24 @@ def gradient(
     ``slopes`` are those of a Lovasz term that sorts, as `sorted_slopes` makes them.
     """
     plan = _plan(problem.arrangement, out.layout)
-    kernel = plan.gradients.get(families)
-    if kernel is None:
-        variant = plan.variant._replace(families=slope_families(families))
-        kernel = plan.gradients[families] = plan.module.gradient_kernel(variant)
-    job = _take_job(plan, (*problem.addresses, out.address))
+    call = plan.gradients.get(families)
+    if call is None:
+        call = plan.gradients[families] = _gradient_call(plan, families)
+    job = _take_job(call, (*problem.addresses, out.address))
     words, address = job
     words[COEFFICIENT_TABLE] = _address(coefficients)
+    signed = signed_slopes(coefficients, call.bins, plan.variant.real) if call.bins else None
+    words[SIGNED] = 0 if signed is None else _address(signed)
     words[SLOPES] = 0 if slopes is None else _address(slopes)
     same = out.address == problem.addresses[0] and words[IN_PLACE] != 0
     over_itself = same and plan.module is overlap
     if over_itself:  # LLVM's check for overlap would send the loop down its scalar path
         words[IN_PLACE], words[STORE] = 0, store_kernel(plan.variant.real).address
-    threads.run(kernel, address, plan.tasks, plan.share, (job, coefficients, slopes, problem, out))
+    memory = (job, coefficients, signed, slopes, problem, out)
+    threads.run(call.kernel, address, plan.tasks, plan.share, memory)
     if over_itself:
         words[IN_PLACE] = 1
-    plan.free.append(job)
+    call.free.append(job)
 
 
 def sorted_slopes(
@@ -298,12 +339,13 @@ def sorted_slopes(
     layout = in_order_of(arrangement.logits, arrangement.real, real.itemsize)
     plan = _plan(arrangement, layout)
     kernel = plan.module.errors_kernel(plan.variant)
-    job = _take_job(plan, (*problem.addresses, _address(errors)))
-    words, address = job
-    nothing = np.zeros((samples, classes, COEFFICIENTS))
+    job = plan.job.copy()
+    words = job.view(np.int64)
+    for word, address in zip(ADDRESSES, (*problem.addresses, _address(errors)), strict=True):
+        words[word] = address
+    nothing = np.zeros(COEFFICIENTS)  # for every row: their width is 0 in this job
     words[COEFFICIENT_TABLE] = _address(nothing)
-    threads.run(kernel, address, plan.tasks, plan.share, (job, nothing, errors, problem))
-    plan.free.append(job)
+    threads.run(kernel, _address(words), plan.tasks, plan.share, (job, nothing, errors, problem))
     coefficients = result.coefficients
     factors = np.ascontiguousarray(coefficients[:, :, COEFFICIENTS + 1]) if with_slopes else None
     foreground = np.ascontiguousarray(sums[:, :, BASE_COLUMNS.index("targets_sum")])

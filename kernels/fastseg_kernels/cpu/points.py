@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseg_kernels.constants import SLOPE_FAMILIES
+from fastseg_kernels.constants import FAMILY_COLUMNS, SLOPE_FAMILIES, lovasz_histogram
 from fastseg_kernels.cpu.compiled import inlined
 from fastseg_kernels.cpu.elementary import Real, make_exp_negative, make_log, make_log1p
 from fastseg_kernels.cpu.intrinsics import fma
@@ -50,7 +50,26 @@ class Variant(NamedTuple):
     real: str  # "float32" or "float64": the type that a voxel is computed in
     targets: str  # "binary", "soft" or "weighted" (soft, with a weight per voxel)
     activation: str  # "sigmoid" or "probs"
-    families: frozenset[str] = frozenset()  # of sums; of a gradient only those of SLOPE_FAMILIES
+    families: frozenset[str] = frozenset()  # of what is code of its own in a kernel
+
+    def adding(self, families: frozenset[str]) -> Variant:
+        """Return the variant that adds up the sums of ``families``.
+
+        Histograms have kernels of their own, and labels of whole numbers are checked in any case.
+        """
+        labels = {"labels"} if self.targets in ("soft", "weighted", "weighted_soft") else set()
+        added = {name for name, sums in FAMILY_COLUMNS.items() if sums} | labels
+        return self._replace(families=families & added)
+
+    def sloping(self, families: frozenset[str]) -> Variant:
+        """Return the variant that writes the gradient of a loss made of ``families``.
+
+        With softmax the slopes of Lovasz terms, "given", come in the middle of the kernel.
+        """
+        own = families & SLOPE_FAMILIES
+        if self.activation == "softmax" and ("sorted" in families or lovasz_histogram(families)):
+            own |= {"given"}
+        return self._replace(families=own)
 
     def name(self, verb: str) -> str:
         """Name the kernel of one verb."""

@@ -31,10 +31,10 @@ from functools import cache
 
 import numpy as np
 
-from fastseg_kernels.constants import COEFFICIENTS, HISTOGRAMS, coefficient_width, columns
+from fastseg_kernels.constants import COEFFICIENTS, columns
 from fastseg_kernels.cpu.compiled import Kernel, function
 from fastseg_kernels.cpu.elementary import REALS
-from fastseg_kernels.cpu.histograms import MOST_VOXELS, make_counter
+from fastseg_kernels.cpu.histograms import VOXELS, is_full, tally
 from fastseg_kernels.cpu.intrinsics import (
     add_atomically,
     address_of,
@@ -54,10 +54,8 @@ from fastseg_kernels.cpu.softmax_stage import (
     UNIT,
 )
 from fastseg_kernels.cpu.softmax_sums import FILLED, make_tile_statistics
-from fastseg_kernels.cpu.stage import JOB, LOAD_REQUEST
+from fastseg_kernels.cpu.stage import JOB, LOAD_REQUEST, PARTS
 
-PARTS = JOB.fields["parts"][1]  # type: ignore[index]
-"""Where in a job the number of its parts lies that have begun."""
 SHORTEST_BLOCK = 8192
 """Logits of a block; as in `overlap`."""
 MOST_BLOCKS = 256
@@ -88,9 +86,6 @@ def statistics_kernel(variant: Variant) -> Kernel:
     p_length = BUFFER if soft else 1
     at_voxels, at_count, at_invalid = (names.index(n) for n in ("voxels", "count", "invalid"))
     tile_statistics = make_tile_statistics(variant, real)
-    counter = make_counter(variant)
-    counted, words_of_class, flush = bool(counter.families), counter.words, counter.flush
-    counts_width = sum(HISTOGRAMS[family].width for family in counter.families)
     zero, is_allowed = T(0), make_is_allowed(variant, real)
 
     @function
@@ -100,14 +95,6 @@ def statistics_kernel(variant: Variant) -> Kernel:
         for i in range(count):
             invalid += keep[i] != zero and not is_allowed(p[i])
         return invalid
-
-    @function
-    def flush_sample(n, words, job):  # type: ignore[no-untyped-def]
-        """Add the words of all classes to the counts of a sample."""
-        for c in range(job.classes):
-            row = job.counts + 8 * counts_width * (n * job.classes + c)
-            of_class = pointer_to(words + 8 * words_of_class * c, np.int64)
-            flush(of_class, pointer_to(row, np.int64))
 
     def statistics(job_address, first, last):  # type: ignore[no-untyped-def]
         job = carray(pointer_to(job_address, JOB), 1)[0]
@@ -120,10 +107,12 @@ def statistics_kernel(variant: Variant) -> Kernel:
         ask.keep, ask.weight = address_of(keep), address_of(weight)
         ask.tile = job.inner_classes  # how long a tile is, see `passes`
         step = 8 * width * job.blocks
-        words, in_words, sample = 0, 0, -1
-        if counted:
+        voxels_pointer = stack_array(1, VOXELS)
+        voxels = carray(voxels_pointer, 1)[0]
+        counted_row, in_words, words = -1, 0, 0  # the words' first row, and voxels of each row
+        if job.tallied != 0:
             part = add_atomically(job_address + PARTS, 1)
-            words = job.words + 8 * words_of_class * job.classes * part
+            words = job.words + 8 * job.row_words * job.classes * part
         for task in range(first, last):
             n, block = task // job.blocks, task % job.blocks
             out = job.sums + 8 * width * (n * job.classes * job.blocks + block)
@@ -139,14 +128,13 @@ def statistics_kernel(variant: Variant) -> Kernel:
                     here, here_step = voxel_address(job.logits, n, 0, voxel), job.logits.stride_c
                 ask.x = address_of(x) if here == address_of(x) else 0
                 call_kernel(job.load, job_address, address_of(ask_pointer), 0)
-                if counted:
-                    if sample >= 0 and (sample != n or in_words + ask.count > MOST_VOXELS):
-                        flush_sample(sample, words, job)
-                        in_words = 0
-                    sample, in_words = n, in_words + ask.count
+                full = is_full(n * job.classes, counted_row, in_words, ask.count)
+                voxels.count, voxels.left_out = ask.count, ask.left_out
+                voxels.words, voxels.flush_row = words, counted_row if full else -1
+                counted_row, in_words = n * job.classes, ask.count if full else in_words + ask.count
                 tile_statistics(
                     here, here_step, ask.p, address_of(e), ask.tile, job.classes, target, keep,
-                    weight, out, step, words, 8 * words_of_class, ask.count, ask.left_out,
+                    weight, out, step, job, job_address, address_of(voxels_pointer),
                 )  # fmt: skip
                 pointer_to(out, np.float64)[at_invalid] += ask.invalid
                 for c in range(job.classes):
@@ -156,8 +144,12 @@ def statistics_kernel(variant: Variant) -> Kernel:
                     if soft:
                         row = pointer_to(ask.p + c * ask.tile * size, T)
                         sums[at_invalid] += count_invalid(row, keep, ask.tile, ask.count)
-        if counted and sample >= 0:
-            flush_sample(sample, words, job)
+        if job.tallied != 0 and counted_row >= 0:
+            voxels.count, voxels.left_out = 0, 0
+            for c in range(job.classes):
+                voxels.words = words + 8 * job.row_words * c
+                voxels.flush_row = counted_row + c
+                tally(job, job_address, address_of(voxels_pointer))
 
     return Kernel(statistics, variant.name("statistics"))
 
@@ -181,11 +173,9 @@ def _second_pass(variant: Variant, verb: str) -> Kernel:
     size = np.dtype(T).itemsize
     p_length = BUFFER if "soft" in variant.targets else 1
     k_length = (COEFFICIENTS + 1) * MOST_CLASSES
-    width = coefficient_width(variant.families) if verb == "gradient" else COEFFICIENTS
     h_length = BUFFER if has_slopes(variant) else 1
     folded = "overlap_l1" in variant.families and "soft" not in variant.targets
     tile_gradient = make_tile_gradient(variant, real, verb == "errors")
-    with_given = "sorted" in variant.families and verb == "gradient"
 
     def gradient(job_address, first, last):  # type: ignore[no-untyped-def]
         job = carray(pointer_to(job_address, JOB), 1)[0]
@@ -198,9 +188,11 @@ def _second_pass(variant: Variant, verb: str) -> Kernel:
         ask.p, ask.target = address_of(p), address_of(target)
         ask.keep, ask.weight = address_of(keep), address_of(weight)
         ask.tile, put.scratch = job.inner_classes, address_of(scratch)
+        voxels_pointer = stack_array(1, VOXELS)
         for task in range(first, last):
             n, block = task // job.blocks, task % job.blocks
             given, given_step = 0, size * job.voxels
+            width = job.coefficient_width
             exact = pointer_to(job.coefficients + 8 * width * n * job.classes, np.float64)
             of_all = 0.0
             for c in range(job.classes):
@@ -221,7 +213,7 @@ def _second_pass(variant: Variant, verb: str) -> Kernel:
                     here, here_step = voxel_address(job.logits, n, 0, voxel), job.logits.stride_c
                 ask.x = address_of(x) if here == address_of(x) else 0
                 call_kernel(job.load, job_address, address_of(ask_pointer), 0)
-                if with_given:
+                if job.slopes != 0:
                     given = job.slopes + size * (n * job.classes * job.voxels + voxel)
                 there, there_step = address_of(x), ask.tile * size
                 in_place = job.in_place != 0 and whole
@@ -229,8 +221,8 @@ def _second_pass(variant: Variant, verb: str) -> Kernel:
                     there, there_step = voxel_address(job.out, n, 0, voxel), job.out.stride_c
                 tile_gradient(
                     here, here_step, ask.p, address_of(e), address_of(h), ask.tile, job.classes,
-                    target, weight, k, address_of(exact), given, given_step, ask.count, there,
-                    there_step,
+                    target, weight, k, given, given_step, ask.count, there, there_step, job,
+                    job_address, address_of(voxels_pointer), n * job.classes,
                 )  # fmt: skip
                 if not in_place:
                     put.n, put.voxel, put.count = n, voxel, ask.count

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from fastseg_kernels.constants import COEFFICIENTS, coefficient_width
+from fastseg_kernels.constants import COEFFICIENTS
 from fastseg_kernels.cpu.compiled import function, inlined, pasted
 from fastseg_kernels.cpu.elementary import Real
-from fastseg_kernels.cpu.histograms import ClassTile, lovasz_family, make_class_look_up
+from fastseg_kernels.cpu.histograms import VOXELS, tally
 from fastseg_kernels.cpu.intrinsics import (
     address_of,
+    carray,
     fma,
     is_same,
     pointer_to,
@@ -31,8 +32,7 @@ from fastseg_kernels.cpu.softmax_walk import Tops, make_end_group, make_slope, m
 def has_slopes(variant: Variant) -> bool:
     """Tell whether h_c depends on q_c. With class indices, p in {0, 1}, the l1 form's does not."""
     l1, squared = (f"overlap_{form}" in variant.families for form in ("l1", "squared"))
-    lovasz = "sorted" in variant.families or lovasz_family(variant.families) is not None
-    return squared or lovasz or (l1 and "indexed" not in variant.targets)
+    return squared or "given" in variant.families or (l1 and "indexed" not in variant.targets)
 
 
 def make_bent(variant: Variant, real: Real) -> Any:
@@ -55,10 +55,7 @@ def make_tile_gradient(variant: Variant, real: Real, of_errors: bool = False) ->
     size = np.dtype(T).itemsize
     zero, one = T(0), T(1)
     indexed = "indexed" in variant.targets
-    is_bent, family = has_slopes(variant), lovasz_family(variant.families)
-    with_given = "sorted" in variant.families
-    looked_up, look_up = family is not None, make_class_look_up(variant, real)
-    width = coefficient_width(variant.families)
+    is_bent, with_given = has_slopes(variant), "given" in variant.families
     walk, end_group = make_walk(variant, real, not is_bent), make_end_group(real)
     slope, bent = make_slope(variant, real), make_bent(variant, real)
 
@@ -94,10 +91,15 @@ def make_tile_gradient(variant: Variant, real: Real, of_errors: bool = False) ->
 
     @pasted
     def fill_slopes(  # type: ignore[no-untyped-def]
-        e, p, h, tile, classes, target, weight, k, tables, given, given_step, count, left, scaled,
-        largest, h_top
+        e, p, h, tile, classes, target, weight, k, given, given_step, count, left, scaled,
+        largest, h_top, job, job_address, voxels_address, first_row,
     ):  # fmt: skip
         """Fill h_c where it depends on q_c, and that of a class that reaches m."""
+        if with_given:
+            voxels = carray(pointer_to(voxels_address, VOXELS), 1)[0]
+            voxels.count, voxels.inverse, voxels.left = count, address_of(scaled), address_of(left)
+            voxels.largest, voxels.keep = address_of(largest), address_of(weight)
+            voxels.target = address_of(target)
         for c in range(classes):
             e_row, share = pointer_to(e + c * tile * size, T), pointer_to(p + c * tile * size, T)
             h_row, label = pointer_to(h + c * tile * size, T), I(c)
@@ -111,14 +113,15 @@ def make_tile_gradient(variant: Variant, real: Real, of_errors: bool = False) ->
                 linear = slope(is_target, share, i, steep, flat)
                 value = linear + bent(is_target, part, q, rest, below, above, square)
                 h_row[i] = value
-            if looked_up:
-                here = ClassTile(e_row, scaled, left, largest, target, weight, label)
-                table = pointer_to(tables + 8 * (width * c + COEFFICIENTS), np.float64)
-                look_up(here, share, tile, table, h_row)
             if with_given:
-                own = pointer_to(given + c * given_step, T)
-                for i in range(count):
-                    h_row[i] += own[i]
+                if job.tallied != 0:
+                    voxels.x, voxels.p, voxels.c = address_of(e_row), address_of(share), c
+                    voxels.row, voxels.out = first_row + c, address_of(h_row)
+                    tally(job, job_address, voxels_address)
+                if given != 0:
+                    own = pointer_to(given + c * given_step, T)
+                    for i in range(count):
+                        h_row[i] += own[i]
             for i in range(tile):
                 h_top[i] = select(e_row[i] == largest[i], h_row[i], h_top[i])
 
@@ -143,8 +146,8 @@ def make_tile_gradient(variant: Variant, real: Real, of_errors: bool = False) ->
 
     @function
     def tile_gradient(  # type: ignore[no-untyped-def]
-        x, x_step, p, e, h, tile, classes, target, weight, k, tables, given, given_step, count,
-        out, out_step
+        x, x_step, p, e, h, tile, classes, target, weight, k, given, given_step, count, out,
+        out_step, job, job_address, voxels_address, first_row,
     ):  # fmt: skip
         wide_vectors()
         scaled, left = stack_array(LONGEST_TILE, T), stack_array(LONGEST_TILE, T)
@@ -177,8 +180,9 @@ def make_tile_gradient(variant: Variant, real: Real, of_errors: bool = False) ->
             write_errors(e, p, tile, classes, target, weight, scaled, left, largest, out, out_step)
             return
         if is_bent:
-            fill_slopes(e, p, h, tile, classes, target, weight, k, tables, given, given_step, count,
-                        left, scaled, largest, h_top)  # fmt: skip
+            fill_slopes(e, p, h, tile, classes, target, weight, k, given, given_step, count, left,
+                        scaled, largest, h_top, job, job_address, voxels_address,
+                        first_row)  # fmt: skip
         for c in range(classes):
             e_row, share = pointer_to(e + c * tile * size, T), pointer_to(p + c * tile * size, T)
             steep, flat, a, label = on[c], off[c], mine[c], I(c)

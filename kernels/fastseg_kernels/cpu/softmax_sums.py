@@ -9,11 +9,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseg_kernels.constants import BASE_COLUMNS, CURVES, SLOPE_FAMILIES, columns
+from fastseg_kernels.constants import BASE_COLUMNS, SLOPE_FAMILIES, columns
 from fastseg_kernels.cpu.compiled import function, inlined, pasted
 from fastseg_kernels.cpu.elementary import Real, make_log1p
-from fastseg_kernels.cpu.histograms import ClassTile, make_counter
-from fastseg_kernels.cpu.intrinsics import fma, is_same, pointer_to, stack_array, wide_vectors
+from fastseg_kernels.cpu.histograms import VOXELS, tally
+from fastseg_kernels.cpu.intrinsics import (
+    address_of,
+    carray,
+    fma,
+    is_same,
+    pointer_to,
+    stack_array,
+    wide_vectors,
+)
 from fastseg_kernels.cpu.points import Variant, make_short_and_excess, sums_needed
 from fastseg_kernels.cpu.softmax_stage import LONGEST_TILE, MOST_CLASSES, NOBODY, UNIT
 from fastseg_kernels.cpu.softmax_walk import Tops, make_exponential, make_largest, make_walk
@@ -247,10 +255,7 @@ def make_tile_statistics(variant: Variant, real: Real) -> Any:
     families, indexed = variant.families, "indexed" in variant.targets
     hard = "hard" in families
     logs = bool({"ce", "ce_uniform"} & families)
-    counter = make_counter(variant)
-    counted, add_counts = bool(counter.families), counter.add
-    curve = bool({*CURVES} & families)
-    bent = counted or bool(SLOPE_FAMILIES & families)
+    squared_or_l1 = bool(SLOPE_FAMILIES & families)
     names = columns(families, counts=False)
     at_undefined = names.index("undefined") if hard else 0
     walk, class_sums = make_walk(variant, real, False), _make_class_sums(variant, real)
@@ -259,8 +264,8 @@ def make_tile_statistics(variant: Variant, real: Real) -> Any:
 
     @function
     def tile_statistics(  # type: ignore[no-untyped-def]
-        x, x_step, p, e, tile, classes, label, keep, weight, out, out_step, words, words_step,
-        count, left_out,
+        x, x_step, p, e, tile, classes, label, keep, weight, out, out_step, job, job_address,
+        voxels_address,
     ):  # fmt: skip
         wide_vectors()
         true_class, predicted = stack_array(LONGEST_TILE, I), stack_array(LONGEST_TILE, I)
@@ -279,7 +284,7 @@ def make_tile_statistics(variant: Variant, real: Real) -> Any:
         for i in range(tile):
             left[i] = fma(ties[i] - one, largest[i], left[i] + group[i])
             scaled[i] = weight[i] / (left[i] + largest[i])
-            if bent:
+            if squared_or_l1:
                 inverse[i] = one / (left[i] + largest[i])
             e_own = exponential(own[i], own[i] == top[i], tops, i)
             missed[i] = (left[i] + (largest[i] - e_own)) * scaled[i]
@@ -289,7 +294,7 @@ def make_tile_statistics(variant: Variant, real: Real) -> Any:
                 log[i] = weight[i] * log1p(left[i] / largest[i])
                 nll[i] = log[i] + (weight[i] * below if weight[i] != zero else zero)
         undefined = 0
-        if hard or curve:
+        if hard or job.curve != 0:
             if indexed:
                 for i in range(tile):
                     true_class[i] = label[i]
@@ -302,7 +307,16 @@ def make_tile_statistics(variant: Variant, real: Real) -> Any:
                 predicted[i] = nobody if absent or nan else predicted[i]
                 true_class[i] = nobody if absent else true_class[i]
                 undefined += nan and not absent
-        target = true_class if hard or curve else label
+        target = true_class if hard else label
+        counted = carray(pointer_to(voxels_address, VOXELS), 1)[0]
+        words, flush_row = counted.words, counted.flush_row
+        if job.tallied != 0:
+            if not squared_or_l1:
+                for i in range(tile):
+                    inverse[i] = one / (left[i] + largest[i])
+            counted.inverse, counted.left = address_of(inverse), address_of(left)
+            counted.largest, counted.keep = address_of(largest), address_of(keep)
+            counted.target = address_of(true_class if job.curve != 0 else target)
         voxels = Voxels(target, predicted, weight, scaled, inverse, left, missed, nll, log, top,
                         largest)  # fmt: skip
         for c in range(classes):
@@ -313,9 +327,10 @@ def make_tile_statistics(variant: Variant, real: Real) -> Any:
             class_sums(x_row, e_row, p_row, voxels, I(c), tile, sums)
             if hard:
                 sums[at_undefined] += undefined
-            if counted:
-                here = ClassTile(e_row, inverse, left, largest, target, keep, I(c))
-                of_class = pointer_to(words + c * words_step, np.int64)
-                add_counts(here, p_row, count, left_out, of_class)
+            if job.tallied != 0:
+                counted.x, counted.p, counted.c = address_of(e_row), address_of(p_row), c
+                counted.words = words + 8 * job.row_words * c
+                counted.flush_row = flush_row + c if flush_row >= 0 else -1
+                tally(job, job_address, voxels_address)
 
     return tile_statistics

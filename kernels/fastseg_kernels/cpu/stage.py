@@ -31,6 +31,19 @@ from fastseg_kernels.cpu.operands import (
 EXCLUDED_INPUT = {"sigmoid": -1000.0, "probs": 0.0}
 """Prediction of a voxel that is left out: with target 0 its loss and gradient are exactly 0."""
 
+MOST_TALLIES = 2
+TALLY = np.dtype(
+    [
+        ("kernel", np.int64),  # address of one of `histograms`
+        ("bins", np.int64),
+        ("octave_bits", np.int64),  # of errors: 2^octave_bits bins in an octave
+        ("lowest", np.int64),  # of errors: exponent of the first octave
+        ("first_word", np.int64),  # among those of a row in a task
+        ("first_column", np.int64),  # among those of a row's counts
+    ]
+)
+"""What counts voxels in a histogram, or looks their slopes up."""
+
 JOB = np.dtype(
     [
         ("logits", OPERAND),
@@ -59,14 +72,24 @@ JOB = np.dtype(
         ("store", np.int64),  # address of the store kernel; only called unless in_place
         ("in_place", np.int64),  # 1: the gradient is computed where out lies
         ("sums", np.int64),  # address of float64 (samples, classes, blocks, columns)
-        ("counts", np.int64),  # address of int64 (samples, classes, columns of the histograms)
-        ("slopes", np.int64),  # address of (samples, classes, voxels), of the type computed in
-        ("words", np.int64),  # with softmax: address of int64 (parts, classes, words), zeros
+        ("tallied", np.int64),  # how many of the tallies there are
+        ("tallies", TALLY, (MOST_TALLIES,)),
+        ("curve", np.int64),  # 1: one counts the largest class of soft targets
+        ("row_words", np.int64),  # that a task counts a row in
+        ("counted_columns", np.int64),
+        ("counts", np.int64),  # address of int64 (samples, classes, counted columns)
+        ("words", np.int64),  # address of int64 (parts, rows of a task, words), zeros
         ("parts", np.int64),  # how many calls of the kernel have taken their part of the words
+        ("signed", np.int64),  # address of (samples, classes, words): slopes of a histogram
+        ("slopes", np.int64),  # address of (samples, classes, voxels), of the type computed in
         ("coefficients", np.int64),  # address of float64 (samples, classes, coefficients)
+        ("coefficient_width", np.int64),
     ]
 )
 """What the kernels of the overlap family are told; addresses are of the caller's memory."""
+
+PARTS = JOB.fields["parts"][1]  # type: ignore[index]
+"""Where in a job the number of its parts lies that have begun."""
 
 
 LOAD_REQUEST = np.dtype(

@@ -83,6 +83,12 @@ def flags(families: frozenset[str]) -> str:
     return " | ".join(sorted(names)) or "0"
 
 
+def slope_flags(families: frozenset[str]) -> str:
+    """Return the template argument for those families whose gradient is code of its own."""
+    own = {*constants.histograms(families)} - {*constants.CURVES}
+    return flags(frozenset(own | (families & (constants.SLOPE_FAMILIES | {"sorted"}))))
+
+
 @cache
 def text(file: str) -> str:
     """Return the text of a .cu file with its headers in place, each once."""

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseg_kernels.constants import FLOAT_DTYPES, TARGETS_AS_STORED, columns, slope_families
+from fastseg_kernels.constants import FLOAT_DTYPES, TARGETS_AS_STORED, columns
 from fastseg_kernels.cuda import softmax
 from fastseg_kernels.cuda.histograms import add_up, make_counts, with_slopes
 from fastseg_kernels.cuda.job import OPERANDS, Jobs, counter, is_run, make_job
-from fastseg_kernels.cuda.modules import TYPES, flags
+from fastseg_kernels.cuda.modules import TYPES, flags, slope_flags
 from fastseg_kernels.cuda.runtime import Device
 from fastseg_kernels.problem import Arrangement, Problem
 from fastseg_kernels.views import Layout, View
@@ -84,7 +84,7 @@ def _name(plan: _Plan, verb: str, families: frozenset[str]) -> str:
     """Return the name of the kernel of a verb for a loss that is made of ``families``."""
     name = plan.names.get((verb, families))
     if name is None:
-        sums = flags(families if verb == "statistics" else slope_families(families))
+        sums = flags(families) if verb == "statistics" else slope_flags(families)
         name = f"{verb}_{plan.way}<Variant<{plan.variant}, {sums}>, {plan.argument}>"
         plan.names[verb, families] = name
     return name

@@ -6,10 +6,10 @@ from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
-from fastseg_kernels.constants import columns, slope_families
+from fastseg_kernels.constants import columns
 from fastseg_kernels.cuda.histograms import add_up, make_counts, with_slopes
 from fastseg_kernels.cuda.job import MOST_ROW_TASKS, OPERANDS, Jobs, counter, is_run, make_job
-from fastseg_kernels.cuda.modules import SOFTMAX_CLASSES, THREADS, TYPES, flags
+from fastseg_kernels.cuda.modules import SOFTMAX_CLASSES, THREADS, TYPES, flags, slope_flags
 from fastseg_kernels.cuda.runtime import Device
 from fastseg_kernels.problem import Arrangement, Problem
 from fastseg_kernels.views import Layout, View
@@ -105,7 +105,7 @@ def gradient(
     if plan.tasks == 0:
         return
     of_rows, addresses = device.memory.address(coefficients), (*problem.addresses, out.address)
-    variant = f"Softmax<{plan.variant}, {flags(slope_families(families))}>"
+    variant = f"Softmax<{plan.variant}, {slope_flags(families)}>"
     name = f"gradient_softmax<{variant}, {plan.arguments}>"
     grid = device.grid(plan.tasks)
     record = with_slopes(families, 0 if slopes is None else device.memory.address(slopes))
