@@ -23,6 +23,8 @@ from fastseg.statistics import Statistics, concatenate_statistics
 from fastseg.terms import (
     BCE,
     CrossEntropy,
+    FocalBCE,
+    FocalCrossEntropy,
     RegionTerm,
     SoftDice,
     SoftJaccard,
@@ -36,6 +38,8 @@ __all__ = [
     "BCE",
     "Adam",
     "CrossEntropy",
+    "FocalBCE",
+    "FocalCrossEntropy",
     "GradientDescent",
     "Loss",
     "LovaszHinge",

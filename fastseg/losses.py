@@ -19,6 +19,7 @@ from fastseg_kernels.constants import (
     BASE_COLUMNS,
     CURVES,
     FAMILY_COLUMNS,
+    FOCAL,
     HISTOGRAMS,
     REDUCTIONS,
     columns,
@@ -147,7 +148,8 @@ class Loss:
         if track in known:
             return known[track]  # type: ignore[no-any-return]
         wanted = set().union(*(term.needs() for _, term in self.parts))
-        allowed = (*(name for name, members in FAMILY_COLUMNS.items() if members), "curve")
+        summed = (name for name, members in FAMILY_COLUMNS.items() if members)
+        allowed = (*(name for name in summed if name not in FOCAL), "curve")
         if isinstance(track, str) or not {*track} <= {*allowed, *HISTOGRAMS} - {*CURVES}:
             raise ValueError(f"track must be a tuple of {', '.join(allowed)}, got {track!r}")
         wanted.update(track)
@@ -165,6 +167,12 @@ class Loss:
                 "the Lovasz terms of a loss must have the same bins, and errors of its activation, "
                 f"{self.activation}; got {', '.join(sorted(errors))}"
             )
+        focal = {family for family in wanted if family.rpartition("_")[0] in FOCAL}
+        if len(focal) > 1:
+            listed = ", ".join(sorted(focal))
+            raise ValueError(f"the focal terms of a loss must have the same gamma, got {listed}")
+        if "bce_flipped" in wanted:
+            wanted.add("bce_split")
         if "bce_split" in wanted:
             wanted.discard("bce")  # the two parts add up to it
         return known.setdefault(track, frozenset(wanted))  # type: ignore[no-any-return]
@@ -516,10 +524,10 @@ def implied_activation(parts: tuple[tuple[float, Term], ...], options: Options) 
     given = "probs" if options.activation is None else options.activation
     for implied, name in wanted.items():
         # The binary cross-entropy is that of probabilities too.
-        needs_logits = any(term.NEEDS_LOGITS for _, term in parts)
-        takes_probs = implied == "sigmoid" and not needs_logits
+        needy = next((repr(term) for _, term in parts if term.needs_logits), None)
+        takes_probs = implied == "sigmoid" and needy is None
         if given not in ("auto", implied) and not (given == "probs" and takes_probs):
-            needy = next((type(t).__name__ for _, t in parts if t.NEEDS_LOGITS), name)
+            needy = name if needy is None else needy
             raise ValueError(f"{needy} needs {implied}, got activation={options.activation!r}")
         return implied if given == "auto" else given
     return "sigmoid" if given == "auto" else given

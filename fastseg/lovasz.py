@@ -119,7 +119,12 @@ class LovaszHinge(LovaszTerm):
     empty: Empty = "formula"
 
     ACTIVATION: ClassVar[str] = "sigmoid"
-    NEEDS_LOGITS: ClassVar[bool] = True
+
+    @property
+    def needs_logits(self) -> bool:
+        """The hinge is one of logits."""
+        return True
+
     MEASURE: ClassVar[str] = "hinge"
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from fastseg_kernels.constants import (
     BASE_COLUMNS,
     CURVES,
     FAMILY_COLUMNS,
+    FOCAL,
     HISTOGRAMS,
     PICKED,
     family_columns,
@@ -320,10 +321,17 @@ _put_host, _put_on_device, _put_names, _put_samples = (
 @cache
 def _family_of(name: str) -> str | None:
     """Return the family that a column belongs to, by its name."""
+    base, _, gamma = name.rpartition("_")
     for family, members in FAMILY_COLUMNS.items():
-        if name in members:
+        if family in FOCAL and base in members:
+            return f"{family}_{gamma}"
+        if family not in FOCAL and name in members:
             return family
     return next((family for family in HISTOGRAMS if name.startswith(f"{family}_")), None)
+
+
+def _is_focal(column: str) -> bool:
+    return (_family_of(column) or "").rpartition("_")[0] in FOCAL
 
 
 def _absent(name: str, names: Sequence[str]) -> Exception:
@@ -332,6 +340,8 @@ def _absent(name: str, names: Sequence[str]) -> Exception:
     if family is None:
         held = (n for n in names if _family_of(n) not in HISTOGRAMS)
         return KeyError(f"no column {name!r}; these statistics hold {', '.join(held)}")
+    if _is_focal(name):
+        return ValueError(f"these statistics do not hold {name}: they must be made with this gamma")
     asked = "curve" if family in CURVES else family
     return ValueError(
         f"these statistics do not hold {name}: ask for track=({asked!r},) when they are made"
@@ -361,7 +371,8 @@ def require(names: Sequence[str], families: Iterable[str]) -> None:
 @cache
 def picks(names: tuple[str, ...]) -> NDArray[np.int64]:
     """Return where the sums that terms are made of are stored, int64 (len(PICKED),); or -1."""
-    found = [names.index(name) if name in names else -1 for name in PICKED]
+    plain = [name.rpartition("_")[0] if _is_focal(name) else name for name in names]
+    found = [plain.index(name) if name in plain else -1 for name in PICKED]
     if "bce_pos_sum" in names:
         found[PICKED.index("bce_sum")] = -1  # the two parts add up to it
     return np.array(found, np.int64)

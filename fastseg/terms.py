@@ -50,6 +50,13 @@ def _not_negative(term: object, *names: str) -> None:
         object.__setattr__(term, name, number)
 
 
+def _at_most_one(term: object, name: str) -> None:
+    """Check the upper end of a number that is in [0, 1]."""
+    value = getattr(term, name)
+    if value > 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
 def _tuple_of(term: object, name: str, kind: type, what: str) -> None:
     """Check a sequence of numbers, or None, and store it as a tuple."""
     value = getattr(term, name)
@@ -83,8 +90,6 @@ class Term(Loss):
 
     ACTIVATION: ClassVar[str] = ""
     """The activation that the term needs: "sigmoid", "softmax", or "": it takes either."""
-    NEEDS_LOGITS: ClassVar[bool] = False
-    """Whether a term of "sigmoid" has no meaning for probabilities."""
 
     def __post_init__(self) -> None:
         """Check the options and make sequences hashable."""
@@ -106,6 +111,11 @@ class Term(Loss):
     def parts(self) -> tuple[tuple[float, Term], ...]:
         """Return the term itself, once."""
         return ((1.0, self),)
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether a term of "sigmoid" does not take probabilities."""
+        return False
 
     def needs(self) -> frozenset[str]:
         """Return the families of sums that the term is made of."""
@@ -159,6 +169,9 @@ class BCE(Term):
     ----------
     pos_weight
         Factor of the foreground's part, at least 0.
+    label_smoothing
+        How far targets are moved towards 1/2, in [0, 1]: p (1 - s) + s / 2 is the target. Of
+        logits only.
     normalize
         "valid": divide by the number of valid voxels (of the batch for ``reduction="mean"``, of
         each row else); "all": by the number of all voxels; None: the sum per sample and class, as
@@ -183,17 +196,26 @@ class BCE(Term):
 
     pos_weight: float = 1.0
     normalize: Literal["valid", "all"] | None = "valid"
+    label_smoothing: float = 0.0
 
     ACTIVATION: ClassVar[str] = "sigmoid"
 
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
-        _not_negative(self, "pos_weight")
+        _not_negative(self, "pos_weight", "label_smoothing")
+        _at_most_one(self, "label_smoothing")
         choice("normalize", self.normalize, ("valid", "all", None))
+
+    @property
+    def needs_logits(self) -> bool:
+        """Probabilities have no smoothed labels."""
+        return self.label_smoothing > 0
 
     def needs(self) -> frozenset[str]:
         """Need the two sums apart only where they are weighted apart."""
+        if self.label_smoothing:
+            return frozenset({"bce_split", "bce_flipped"})
         return frozenset({"bce" if self.pos_weight == 1.0 else "bce_split"})
 
     def row(self) -> dict[str, float]:
@@ -201,6 +223,73 @@ class BCE(Term):
         return {
             "kind": KINDS.index("bce"),
             "pos_weight": self.pos_weight,
+            "neg_weight": 1.0,
+            "normalize": NORMALIZE.index(self.normalize or "sum"),
+            "smoothing": self.label_smoothing,
+        }
+
+
+@dataclass(frozen=True, repr=False)
+class FocalBCE(Term):
+    r"""Focal loss: the binary cross-entropy of every voxel, less of it where the network is right.
+
+    .. math:: -\sum_i \alpha\, p_i (1 - q_i)^\gamma \log q_i
+              + (1 - \alpha) (1 - p_i)\, q_i^\gamma \log(1 - q_i)
+
+    Parameters
+    ----------
+    gamma
+        Exponent, at least 0; with 0 it is the BCE.
+    alpha
+        Factor of the foreground's part, in [0, 1], that of the background's being 1 - alpha; None
+        for 1 and 1.
+    normalize, classes, class_weights
+        As in `BCE`.
+
+    Notes
+    -----
+    For soft targets it is linear in p: the mean of both labels' losses. A loss has one gamma.
+
+    References
+    ----------
+    Lin, Goyal, Girshick, He and Dollar, Focal loss for dense object detection, ICCV 2017,
+    equation 5.
+
+    Examples
+    --------
+    >>> import numpy as np, fastseg as fs
+    >>> probs = np.array([[[0.9, 0.9]]])  # (1, 1, 2): one right, one wrong
+    >>> loss = fs.FocalBCE(normalize=None).replace(activation=None)
+    >>> round(float(loss(probs, np.array([[[1, 0]]]))), 5)  # 0.01 * 0.10536 + 0.81 * 2.30259
+    1.86615
+    """
+
+    gamma: float = 2.0
+    alpha: float | None = None
+    normalize: Literal["valid", "all"] | None = "valid"
+
+    ACTIVATION: ClassVar[str] = "sigmoid"
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        _not_negative(self, "gamma")
+        if self.alpha is not None:
+            _not_negative(self, "alpha")
+            _at_most_one(self, "alpha")
+        choice("normalize", self.normalize, ("valid", "all", None))
+
+    def needs(self) -> frozenset[str]:
+        """Need the sums of this gamma."""
+        return frozenset({f"focal_bce_{self.gamma}"})
+
+    def row(self) -> dict[str, float]:
+        """Return the term's entries in the table."""
+        return {
+            "kind": KINDS.index("focal_bce"),
+            "gamma": self.gamma,
+            "pos_weight": 1.0 if self.alpha is None else self.alpha,
+            "neg_weight": 1.0 if self.alpha is None else 1.0 - self.alpha,
             "normalize": NORMALIZE.index(self.normalize or "sum"),
         }
 
@@ -248,8 +337,7 @@ class CrossEntropy(Term):
         """Check the options."""
         super().__post_init__()
         _not_negative(self, "label_smoothing")
-        if self.label_smoothing > 1:
-            raise ValueError(f"label_smoothing must be in [0, 1], got {self.label_smoothing}")
+        _at_most_one(self, "label_smoothing")
         choice("normalize", self.normalize, ("valid", "all", "weights", None))
 
     def needs(self) -> frozenset[str]:
@@ -262,6 +350,62 @@ class CrossEntropy(Term):
             "kind": KINDS.index("cross_entropy"),
             "normalize": NORMALIZE.index(self.normalize or "sum"),
             "smoothing": self.label_smoothing,
+        }
+
+
+@dataclass(frozen=True, repr=False)
+class FocalCrossEntropy(Term):
+    r"""Focal loss of the classes of a voxel: less cross-entropy where the network is right.
+
+    .. math:: -\sum_i \sum_c w_c\, p_{ic} (1 - q_{ic})^\gamma \log q_{ic}
+
+    with q the softmax of the logits over the classes.
+
+    Parameters
+    ----------
+    gamma
+        Exponent, at least 0; with 0 it is the cross-entropy.
+    normalize, classes, class_weights
+        As in `CrossEntropy`.
+
+    Notes
+    -----
+    ``reduction="none"`` gives the part of each class, whose sum is the sample's loss. A loss has
+    one gamma.
+
+    References
+    ----------
+    As `FocalBCE`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastseg as fs
+    >>> logits = np.array([[[2.0], [0.0], [0.0]]], np.float32)  # (1, 3, 1)
+    >>> round(float(fs.FocalCrossEntropy()(logits, np.array([[0]]))), 5)  # 0.21299^2 * 0.23954
+    0.01087
+    """
+
+    gamma: float = 2.0
+    normalize: Literal["valid", "all", "weights"] | None = "valid"
+
+    ACTIVATION: ClassVar[str] = "softmax"
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        _not_negative(self, "gamma")
+        choice("normalize", self.normalize, ("valid", "all", "weights", None))
+
+    def needs(self) -> frozenset[str]:
+        """Need the sum of this gamma."""
+        return frozenset({f"focal_ce_{self.gamma}"})
+
+    def row(self) -> dict[str, float]:
+        """Return the term's entries in the table."""
+        return {
+            "kind": KINDS.index("focal_cross_entropy"),
+            "gamma": self.gamma,
+            "normalize": NORMALIZE.index(self.normalize or "sum"),
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -15,6 +16,9 @@ LOSSES = [
     fs.BCE(),
     fs.BCE(pos_weight=3.0, normalize="all"),
     fs.BCE(normalize=None),
+    fs.BCE(label_smoothing=0.1, pos_weight=3.0),
+    fs.FocalBCE(),
+    fs.FocalBCE(gamma=1.5, alpha=0.25, normalize=None),
     fs.SoftJaccard(),
     fs.SoftJaccard(smooth_num=1e-5, smooth_den=1e-5, scope="batch"),
     fs.SoftDice(smooth_num=1.0, smooth_den=1.0),
@@ -36,6 +40,8 @@ SOFTMAX_LOSSES = [
         fs.CrossEntropy(label_smoothing=0.1, normalize=None),
         fs.CrossEntropy(class_weights=(1.0, 0.5, 3.0), normalize="weights"),
         fs.CrossEntropy(classes=(1, 2), normalize="all"),
+        fs.FocalCrossEntropy(),
+        fs.FocalCrossEntropy(gamma=1.5, class_weights=(1.0, 0.5, 3.0)) + fs.SoftDice(form="l1"),
         fs.SoftJaccard(),
         fs.SoftDice(classes=(1, 2), scope="batch", smooth_num=1e-5, smooth_den=1e-5),
         fs.Tversky(alpha=0.3, beta=0.7, form="l1"),
@@ -77,6 +83,15 @@ RESOLUTION = {"float32": 2.0**-23, "float64": 2.0**-52, "float16": 2.0**-10, "bf
 SMALLEST = {"float32": 2.0**-149, "float64": 2.0**-1074, "float16": 2.0**-24, "bfloat16": 2.0**-133}
 
 
+def focal_ulp(loss: fs.Loss, dtype: Any) -> float:
+    """Return how many units more a focal term may err: w^gamma has gamma times the error of w.
+
+    An exponential and a quotient make that of w, 2 units; 1.1 were reached. Rounded to half precision none of it is left.
+    """
+    gammas = [t.gamma for _, t in loss.parts if isinstance(t, fs.FocalBCE | fs.FocalCrossEntropy)]
+    return 2.0 * max(gammas, default=0.0) if name_of(dtype) in ("float32", "float64") else 0.0
+
+
 def name_of(dtype: Any) -> str:
     return np.dtype(dtype).name
 
@@ -98,20 +113,25 @@ def make(
 def magnitude(loss: fs.Loss, logits: Any, targets: Any) -> np.ndarray:
     """Return the sum of the magnitudes of what is added up to the gradient of each voxel.
 
-    That is |gradient| of each term for binary targets. For soft ones a term is itself a sum, of
-    p times its slope on the foreground and 1 - p times the one off it: BCE's slopes are those of
-    targets 1 and 0, a region's are at most the largest of the row.
+    That is |gradient| of each term for binary targets. For soft (or smoothed) ones a term is itself
+    a sum, of p times its slope on the foreground and 1 - p times the one off it: BCE's slopes are
+    those of targets 1 and 0, a region's are at most the largest of the row.
     """
     x, p = np.asarray(logits, np.float64), np.asarray(targets, np.float64)
     binary = np.all((p == 0) | (p == 1))
     total: Any = 0.0
     for weight, term in loss.parts:
+        smoothing = getattr(term, "label_smoothing", 0.0)
         part = fs.losses.WeightedSum(((abs(weight), term),), loss.options)
-        if binary:
+        if binary and smoothing == 0:
             size = np.abs(oracle.evaluate(part, x, p)[1])
-        elif isinstance(term, fs.BCE):
+        elif isinstance(term, fs.BCE | fs.FocalBCE):
+            if smoothing > 0:
+                term = replace(term, label_smoothing=0.0)
+                part = fs.losses.WeightedSum(((abs(weight), term),), loss.options)
             on, off = (np.abs(oracle.evaluate(part, x, np.full(x.shape, t))[1]) for t in (1.0, 0.0))
-            size = p * on + (1 - p) * off
+            moved = p * (1 - smoothing) + smoothing / 2
+            size = moved * on + (1 - moved) * off
         else:
             slope = sigmoid(x) * sigmoid(-x)
             row = tuple(range(2, x.ndim))

@@ -89,9 +89,13 @@ def _ce_parts(term, x, p, weight, valid, reduction):
     """Return the sums of rows, the factor of each sample, and the targets."""
     selected, class_weight = _class_weights(term, x.shape[1])
     used = np.where(selected, class_weight, 0.0).reshape(1, -1, *(1,) * (x.ndim - 2))
-    share = term.label_smoothing
+    share = getattr(term, "label_smoothing", 0.0)
     T = weight * used * ((1 - share) * p + np.where(valid, share / x.shape[1], 0.0))
-    sums = np.where(T > 0, T * ref.softmax_nll(x), 0.0).sum(_spatial(x))
+    focal = isinstance(term, fs.FocalCrossEntropy)
+    nll = ref.focal_nll(x, term.gamma) if focal else ref.softmax_nll(x)
+    sums = np.where(T > 0, T * nll, 0.0).sum(_spatial(x))
+    if focal:
+        T = T * ref.focal_steepness(x, term.gamma)
     count = valid[:, 0].reshape(len(x), -1).sum(1)
     divisor = {
         "valid": count,
@@ -110,9 +114,16 @@ def _ce_parts(term, x, p, weight, valid, reduction):
 
 def _bce(term, x, p, weight, valid, activation, reduction):
     probs = activation == "probs"
-    voxel = ref.bce if probs else ref.bce_with_logits
-    slope = ref.bce_gradient if probs else ref.bce_with_logits_gradient
-    sums = np.where(weight > 0, weight * voxel(x, p, term.pos_weight), 0.0).sum(_spatial(x))
+    if isinstance(term, fs.FocalBCE):
+        voxel = ref.focal_bce if probs else ref.focal_bce_with_logits
+        slope = ref.focal_bce_gradient if probs else ref.focal_bce_with_logits_gradient
+        options: tuple = (term.gamma, term.alpha)
+    else:
+        voxel = ref.bce if probs else ref.bce_with_logits
+        slope = ref.bce_gradient if probs else ref.bce_with_logits_gradient
+        options = (term.pos_weight,)
+        p = p * (1 - term.label_smoothing) + term.label_smoothing / 2
+    sums = np.where(weight > 0, weight * voxel(x, p, *options), 0.0).sum(_spatial(x))
     count = valid.sum(_spatial(x))
     voxels = np.full(count.shape, np.prod(x.shape[2:]))
     selected, class_weight = _class_weights(term, x.shape[1])
@@ -128,7 +139,7 @@ def _bce(term, x, p, weight, valid, activation, reduction):
         share = 1.0 / np.maximum(divisor, 1)
     share = np.where(used, share * class_weight, 0.0)
     value = share * sums
-    grad = _expand(share, x) * weight * slope(x, p, term.pos_weight)
+    grad = _expand(share, x) * weight * slope(x, p, *options)
     return (value if reduction == "none" else value.sum()), grad
 
 

@@ -32,7 +32,7 @@ from fastseg_kernels.cpu.elementary import (
 )
 from fastseg_kernels.cpu.intrinsics import bits_of, fma, from_bits, pointer_to
 from fastseg_kernels.cpu.operands import make_load_reals, make_store_reals
-from fastseg_kernels.cpu.points import Coefficients, Variant, make_point, no_voxels
+from fastseg_kernels.cpu.points import Coefficients, Settings, Variant, make_point
 
 STRIDE = 521
 """Prime; 2 to 4 million of the float32 of a range."""
@@ -326,13 +326,13 @@ def make_quantity(kind: str, target: int, quantity: str) -> Any:
     point = make_point(
         Variant("float32", kind, "sigmoid", frozenset({"overlap", "bce_split"})), FLOAT32
     )
-    add, log_sum, slope = point.add, point.log_sum, point.slope
+    sums_of, log_sum, slope = point.sums_of, point.log_sum, point.slope
     T = np.float32
     p = np.uint8(target) if kind == "binary" else T(target)
     zero, one = T(0), T(1)
-    of_region = Coefficients(one, one, *(zero,) * 5)
-    of_bce = Coefficients(zero, zero, one, one, *(zero,) * 3)
-    sums = no_voxels(FLOAT32)
+    of_region = Coefficients(one, one, *(zero,) * 10)
+    of_bce = Coefficients(zero, zero, one, one, *(zero,) * 8)
+    settings = Settings(zero, zero)
     if quantity == "q (1 - q)":
         return njit(error_model="numpy")(lambda x: slope(x, p, zero, of_region))
     if quantity == "gradient of BCE":
@@ -341,14 +341,14 @@ def make_quantity(kind: str, target: int, quantity: str) -> Any:
 
         @njit(error_model="numpy")
         def mass(x):
-            got = add(x, p, zero, zero, sums)
+            got = sums_of(x, p, zero, settings)
             return got.missed + got.false_alarm
 
         return mass
 
     @njit(error_model="numpy")
     def bce(x):
-        got = add(x, p, zero, zero, sums)
+        got = sums_of(x, p, zero, settings)
         return log_sum(got.product_pos, got.bce_pos) + log_sum(got.product_neg, got.bce_neg)
 
     return bce

@@ -54,6 +54,8 @@ def variants(cls: type) -> list[fs.Term]:
         result += [cls(scope=scope, empty="skip") for scope in ("image", "class")]
     if "form" in names:
         result += [cls(form="squared"), cls(form="squared", smooth_num=0.7, scope="batch")]
+    if "gamma" in names and "link" not in names:
+        result += [cls(gamma=gamma) for gamma in (0.0, 0.5, 1.0, 3.0, 9.25)]
     if "link" in names:
         result += [cls(link="negative"), cls(link="log")]
         result += [cls(link="power", gamma=gamma) for gamma in (0.75, 1.0, 1.4)]
@@ -86,7 +88,8 @@ def check_gradient(loss, grad, logits, targets, **extra) -> None:
 def activations(term: fs.Term) -> list[str | None]:
     """Return what a term may be combined with."""
     if term.ACTIVATION:
-        return [term.ACTIVATION, *([None] if term.ACTIVATION == "sigmoid" else [])]
+        takes_probs = term.ACTIVATION == "sigmoid" and not term.needs_logits
+        return [term.ACTIVATION, *([None] if takes_probs else [])]
     return ["sigmoid", None, "softmax"]
 
 

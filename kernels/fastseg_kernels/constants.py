@@ -42,8 +42,11 @@ FAMILY_COLUMNS = {
     "overlap_squared": ("product_sum", "squared_error_sum"),
     "bce": ("bce_sum",),
     "bce_split": ("bce_pos_sum", "bce_neg_sum"),
+    "bce_flipped": ("bce_flipped_pos_sum", "bce_flipped_neg_sum"),
+    "focal_bce": ("focal_bce_pos_sum", "focal_bce_neg_sum"),
     "ce": ("ce_sum",),
     "ce_uniform": ("ce_uniform_sum",),
+    "focal_ce": ("focal_ce_sum",),
     "labels": (),  # no sums: targets must be 0 or 1, soft ones are invalid
     "sorted": (),  # no sums either: the gradient has a part that is given for each voxel
     "hard": ("hard_true_positives", "hard_false_positives", "hard_false_negatives", "undefined"),
@@ -100,11 +103,32 @@ CURVES = ("logit_curve", "prob_curve")
 """Those of predictions."""
 
 
+FOCAL = ("focal_bce", "focal_ce")
+"""Families whose name a number completes, "focal_bce_2.0": sums of another gamma are others."""
+
+
+@cache
+def gamma_of(families: frozenset[str]) -> float:
+    """Return the gamma of the focal sums among ``families``, 0 if there are none."""
+    named = (f.rpartition("_") for f in families)
+    return next((float(gamma) for name, _, gamma in named if name in FOCAL), 0.0)
+
+
+@cache
+def without_gamma(families: frozenset[str]) -> frozenset[str]:
+    """Return the families without that number: what code they need."""
+    names = {family: family.rpartition("_")[0] for family in families}
+    return frozenset(name if name in FOCAL else family for family, name in names.items())
+
+
 @cache
 def family_columns(family: str) -> tuple[str, ...]:
     """Return the names of a family's columns."""
     if family in FAMILY_COLUMNS:
         return FAMILY_COLUMNS[family]
+    name, _, gamma = family.rpartition("_")
+    if name in FOCAL:
+        return tuple(f"{column}_{gamma}" for column in FAMILY_COLUMNS[name])
     histogram = HISTOGRAMS[family]
     named = (f"{family}_{part}_{k}" for part in histogram.parts for k in range(histogram.bins))
     return (f"{family}_undefined", *named)
@@ -117,7 +141,9 @@ def columns(families: frozenset[str], counts: bool = True) -> tuple[str, ...]:
     Without ``counts`` those of `HISTOGRAMS` are left out.
     """
     names = list(BASE_COLUMNS)
-    for family in (*FAMILY_COLUMNS, *(HISTOGRAMS if counts else ())):
+    completed = {family.rpartition("_")[0]: family for family in families}
+    for name in (*FAMILY_COLUMNS, *(HISTOGRAMS if counts else ())):
+        family = completed.get(name, name) if name in FOCAL else name
         if family in families:
             names.extend(family_columns(family))
     return tuple(names)
@@ -146,10 +172,10 @@ def lovasz_histogram(families: frozenset[str]) -> Histogram | None:
 #   squared   sum p q,        0,                sum (p - q)^2
 TERM_FIELDS = (
     "kind", "weight", "hits_i", "hits_f", "hits_g", "hits_0", "errors_f", "errors_g", "errors_0",
-    "eps", "link", "gamma", "scope", "empty", "form", "pos_weight", "normalize", "smoothing",
-    "histogram", "bins", "lowest",
+    "eps", "link", "gamma", "scope", "empty", "form", "pos_weight", "neg_weight", "normalize",
+    "smoothing", "histogram", "bins", "lowest",
 )  # fmt: skip
-KINDS = ("bce", "region", "cross_entropy", "lovasz")
+KINDS = ("bce", "region", "cross_entropy", "lovasz", "focal_bce", "focal_cross_entropy")
 FORMS = ("product", "l1", "squared")
 LINKS = ("one_minus", "negative", "log", "power")
 SCOPES = ("sample", "batch", "image", "class")
@@ -157,17 +183,20 @@ EMPTY = ("formula", "one", "zero", "skip")
 NORMALIZE = ("sum", "valid", "all", "weights")
 REDUCTIONS = ("none", "mean", "sum")
 
-COEFFICIENTS = 7
+COEFFICIENTS = 12
 """Per row, what the gradient kernel needs (``cpu/points.py`` has the formula): dL/dq of the region
 terms on the foreground and off it; the weight of the BCE on the foreground and off it (with
 softmax, ``cpu/softmax.py``, that of the cross-entropy of the target's class and of every class);
-dL/dq of the l1 form where q < p and where q > p; and what q - p is multiplied by for the squared
-form.
+dL/dq of the l1 form where q < p and where q > p; what q - p is multiplied by for the squared form;
+the weight of the BCE with the other label, on the foreground and off it; the weight of the focal
+loss, likewise (with softmax, that of the target's class and nothing), and its gamma.
 
 Where a Lovasz term is added there follow the slopes of its errors, dL/de, for the bins of the
 foreground and then of the background. For one that sorts they are two numbers instead: what the
 row's extension is multiplied by in the loss, and what its slopes are."""
-SLOPE_FAMILIES = frozenset({"overlap_l1", "overlap_squared"})
+BENT_FAMILIES = frozenset({"overlap_l1", "overlap_squared"})
+"""Those with which dL/dq depends on q."""
+SLOPE_FAMILIES = BENT_FAMILIES | {"bce_flipped", *FOCAL}
 """Families of sums whose gradient is code of its own in a kernel, which others do without."""
 
 
@@ -189,6 +218,7 @@ PICKED = (
     "voxels", "count", "targets_sum", "true_positive_sum", "false_negative_sum",
     "false_positive_sum", "bce_sum", "bce_pos_sum", "bce_neg_sum", "invalid", "ce_sum",
     "ce_uniform_sum", "l1_true_positive_sum", "l1_false_negative_sum", "l1_false_positive_sum",
-    "product_sum", "squared_error_sum", "undefined",
+    "product_sum", "squared_error_sum", "undefined", "bce_flipped_pos_sum", "bce_flipped_neg_sum",
+    "focal_bce_pos_sum", "focal_bce_neg_sum", "focal_ce_sum",
 )  # fmt: skip
 """The sums that terms are made of, in the order in which ``evaluate`` takes them."""

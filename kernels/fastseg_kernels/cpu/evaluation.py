@@ -37,12 +37,13 @@ KIND, WEIGHT, EPS, LINK, GAMMA = (_AT[n] for n in ("kind", "weight", "eps", "lin
 HITS_I, HITS_F, HITS_G, HITS_0 = (_AT[f"hits_{n}"] for n in "ifg0")
 ERRORS_F, ERRORS_G, ERRORS_0 = (_AT[f"errors_{n}"] for n in "fg0")
 SCOPE, EMPTY_RULE = _AT["scope"], _AT["empty"]
-POS_WEIGHT, NORMALIZATION = _AT["pos_weight"], _AT["normalize"]
+POS_WEIGHT, NEG_WEIGHT, NORMALIZATION = (_AT[n] for n in ("pos_weight", "neg_weight", "normalize"))
 SMOOTHING, FORM = _AT["smoothing"], _AT["form"]
 HISTOGRAM, BINS, LOWEST = (_AT[n] for n in ("histogram", "bins", "lowest"))
 NEGATIVE, LOG, POWER = LINKS.index("negative"), LINKS.index("log"), LINKS.index("power")
-BCE, REGION, CROSS_ENTROPY, LOVASZ = (
-    KINDS.index(n) for n in ("bce", "region", "cross_entropy", "lovasz")
+BCE, REGION, CROSS_ENTROPY, LOVASZ, FOCAL_BCE, FOCAL_CROSS_ENTROPY = (
+    KINDS.index(n)
+    for n in ("bce", "region", "cross_entropy", "lovasz", "focal_bce", "focal_cross_entropy")
 )
 L1, SQUARED = FORMS.index("l1"), FORMS.index("squared")
 BATCH, IMAGE, CLASS = (SCOPES.index(name) for name in ("batch", "image", "class"))
@@ -52,7 +53,8 @@ NONE, MEAN = 0, 1  # of constants.REDUCTIONS
 
 (
     VOXELS, COUNT, P, INNER, F, G, BCE_ALL, BCE_POS, BCE_NEG, _, CE, CE_UNIFORM,
-    L1_INNER, L1_F, L1_G, PRODUCT, SQUARED_ERROR, UNDEFINED,
+    L1_INNER, L1_F, L1_G, PRODUCT, SQUARED_ERROR, UNDEFINED, FLIPPED_POS, FLIPPED_NEG, FOCAL_POS,
+    FOCAL_NEG, FOCAL_CE,
 ) = range(len(PICKED))  # fmt: skip
 SUMS = len(PICKED)
 
@@ -285,11 +287,19 @@ def lovasz(term, sums, n, c, batch, P, part, scale, coefficients):  # type: igno
 
 @function
 def add_bce(term, sums, columns, class_weights, reduction, scale, values, coefficients):  # type: ignore[no-untyped-def]
-    """Evaluate a BCE term; return its reduced value; fill ``values`` and add to coefficients."""
+    """Evaluate a BCE term, focal or not; return its reduced value.
+
+    Fill ``values`` and add to coefficients. Labels that are smoothed by s are
+    p (1 - s / 2) + (1 - p) s / 2.
+    """
     samples, classes = sums.shape[0], sums.shape[1]
+    focal, half = term[KIND] == FOCAL_BCE, 0.5 * term[SMOOTHING]
     by = VOXELS if term[NORMALIZATION] == BY_ALL else COUNT
     summed = term[NORMALIZATION] != BY_ALL and term[NORMALIZATION] != BY_VALID
-    pos_weight = term[POS_WEIGHT]
+    pos_weight, neg_weight = term[POS_WEIGHT], term[NEG_WEIGHT]
+    # of the sums BCE_POS, BCE_NEG, FLIPPED_POS, FLIPPED_NEG
+    own = ((1.0 - half) * pos_weight, (1.0 - half) * neg_weight)
+    other = (half * neg_weight, half * pos_weight)
     row = stack_array(SUMS, np.float64)
     kept, voxels = 0, 0.0
     for n in range(samples):
@@ -310,16 +320,26 @@ def add_bce(term, sums, columns, class_weights, reduction, scale, values, coeffi
                 share = 1.0 / kept if reduction == MEAN else 1.0
             else:
                 share = 1.0 / (voxels if reduction == MEAN else row[by])
-            value = row[BCE_ALL] + row[BCE_NEG]
-            if pos_weight != 0.0:  # 0 leaves the foreground out, infinite losses included
-                value += pos_weight * row[BCE_POS]
+            pos, neg = row[BCE_POS], row[BCE_ALL] + row[BCE_NEG]
+            if focal:
+                pos, neg = row[FOCAL_POS], row[FOCAL_NEG]
+            # 0 leaves its part out, infinite losses included
+            value = own[0] * pos if own[0] != 0.0 else 0.0
+            value += own[1] * neg if own[1] != 0.0 else 0.0
+            value += other[0] * row[FLIPPED_POS] if other[0] != 0.0 else 0.0
+            value += other[1] * row[FLIPPED_NEG] if other[1] != 0.0 else 0.0
             factor = class_weights[c] * share
             total += factor * value
             if reduction == NONE:
                 values[n, c] = factor * value
             factor *= term[WEIGHT] * scale[n, c]
-            coefficients[n, c, 2] += factor * pos_weight
-            coefficients[n, c, 3] += factor
+            first = 9 if focal else 2
+            coefficients[n, c, first] += factor * own[0]
+            coefficients[n, c, first + 1] += factor * own[1]
+            coefficients[n, c, 7] += factor * other[0]
+            coefficients[n, c, 8] += factor * other[1]
+            if focal:
+                coefficients[n, c, 11] = term[GAMMA]
     return total
 
 
@@ -339,10 +359,10 @@ def _ce_divisor(term, sums, columns, class_weights, n, row):  # type: ignore[no-
 
 @function
 def add_ce(term, sums, columns, class_weights, reduction, scale, values, coefficients):  # type: ignore[no-untyped-def]
-    """Evaluate a cross-entropy over softmax; as `add_bce`."""
+    """Evaluate a cross-entropy over softmax, focal or not; as `add_bce`."""
     samples, classes = sums.shape[0], sums.shape[1]
     summed = term[NORMALIZATION] not in (BY_ALL, BY_VALID, BY_WEIGHTS)
-    smoothing = term[SMOOTHING]
+    smoothing, focal = term[SMOOTHING], term[KIND] == FOCAL_CROSS_ENTROPY
     row = stack_array(SUMS, np.float64)
     kept, whole = 0, 0.0
     for n in range(samples):
@@ -361,6 +381,8 @@ def add_ce(term, sums, columns, class_weights, reduction, scale, values, coeffic
             divisor = whole if reduction == MEAN else divisor
             share = 1.0 / divisor if divisor != 0.0 else 0.0
         for c in range(classes):
+            if focal:
+                coefficients[n, c, 11] = term[GAMMA]  # of the voxel, whatever its class
             if class_weights[c] != class_weights[c]:
                 continue
             _collect(sums, columns, n, c, False, row)
@@ -371,12 +393,17 @@ def add_ce(term, sums, columns, class_weights, reduction, scale, values, coeffic
                 value += own * row[CE]
             if everyone != 0.0:
                 value += everyone * row[CE_UNIFORM]
+            if focal and own != 0.0:
+                value = own * row[FOCAL_CE]
             total += value
             if reduction == NONE:
                 values[n, c] = value
             scaled = term[WEIGHT] * scale[n, c]
-            coefficients[n, c, 2] += scaled * own
-            coefficients[n, c, 3] += scaled * everyone
+            if focal:
+                coefficients[n, c, 9] += scaled * own
+            else:
+                coefficients[n, c, 2] += scaled * own
+                coefficients[n, c, 3] += scaled * everyone
     return total
 
 
@@ -392,9 +419,9 @@ def _compiled() -> Any:
         for k in range(terms.shape[0]):
             term, values = terms[k], by_term[k]
             total = np.nan
-            if term[KIND] == BCE:
+            if term[KIND] == BCE or term[KIND] == FOCAL_BCE:
                 total = add_bce(term, sums, columns, weights[k], reduction, scale, values, out)
-            elif term[KIND] == CROSS_ENTROPY:
+            elif term[KIND] == CROSS_ENTROPY or term[KIND] == FOCAL_CROSS_ENTROPY:
                 total = add_ce(term, sums, columns, weights[k], reduction, scale, values, out)
             elif term[KIND] == REGION or term[KIND] == LOVASZ:
                 total = add_region(term, sums, columns, weights[k], reduction, scale, values, out)

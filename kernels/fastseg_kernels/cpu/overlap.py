@@ -27,7 +27,7 @@ from fastseg_kernels.cpu.intrinsics import (
     wide_vectors,
 )
 from fastseg_kernels.cpu.operands import SCRATCH_WORDS, STAGE, voxel_address
-from fastseg_kernels.cpu.points import Coefficients, Variant, make_is_allowed, make_point
+from fastseg_kernels.cpu.points import Coefficients, Settings, Variant, make_is_allowed, make_point
 from fastseg_kernels.cpu.stage import EXCLUDED_INPUT, JOB, LOAD_REQUEST, PARTS
 from fastseg_kernels.cpu.tiles import TILE, make_tile_sums
 
@@ -105,6 +105,7 @@ def statistics_kernel(variant: Variant) -> Kernel:
         ask.excluded, ask.scratch = address_of(excluded), address_of(scratch)
         # Padding is probability 0, and must not reach a threshold that is 0 as a float32.
         threshold = max(T(job.threshold), smallest) if probs else T(job.threshold)
+        settings = Settings(threshold, T(job.gamma))
         groups = job.classes // job.inner_classes
         voxels_pointer = stack_array(1, VOXELS)
         voxels = carray(voxels_pointer, 1)[0]
@@ -129,7 +130,7 @@ def statistics_kernel(variant: Variant) -> Kernel:
                 x_here = pointer_to(voxel_address(job.logits, n, first_class, voxel), T)
                 p_here = pointer_to(voxel_address(job.targets, n, first_class, voxel), Target)
                 count = min(piece, end - voxel)
-                bad = tile_sums(x_here, p_here, w, count // TILE, threshold, out)
+                bad = tile_sums(x_here, p_here, w, count // TILE, settings, out)
                 if count % TILE != 0:
                     done = count - count % TILE
                     x_rest = pointer_to(voxel_address(job.logits, n, first_class, voxel + done), T)
@@ -137,7 +138,7 @@ def statistics_kernel(variant: Variant) -> Kernel:
                         voxel_address(job.targets, n, first_class, voxel + done), Target
                     )
                     direct_tail(x_rest, p_rest, count % TILE, x, p)
-                    bad |= tile_sums(x, p, w, 1, threshold, out)
+                    bad |= tile_sums(x, p, w, 1, settings, out)
                 if bad != 0:
                     out[INVALID_COLUMN] += count_invalid(x_here, p_here, w, count)
                 if job.tallied != 0:
@@ -161,7 +162,7 @@ def statistics_kernel(variant: Variant) -> Kernel:
                     ask.n, ask.c, ask.voxel, ask.count = n, c, voxel, count
                     ask.padded = tiles * TILE
                     call_kernel(job.load, job_address, address_of(ask_pointer), 0)
-                    if tile_sums(x, p, w, tiles, threshold, out) != 0:
+                    if tile_sums(x, p, w, tiles, settings, out) != 0:
                         out[INVALID_COLUMN] += count_invalid(x, p, w, count)
                     if job.tallied != 0:
                         k = c - first_class
@@ -231,7 +232,8 @@ def _second_pass(variant: Variant, verb: str) -> Kernel:
         wide_vectors()
         k = Coefficients(
             coefficients[0], coefficients[1], coefficients[2], coefficients[3], coefficients[4],
-            coefficients[5], coefficients[6],
+            coefficients[5], coefficients[6], coefficients[7], coefficients[8], coefficients[9],
+            coefficients[10], coefficients[11],
         )  # fmt: skip
         for i in range(count):
             out[i] = slope(x[i], p[i], w[i] if weighted else zero, k)

@@ -18,6 +18,7 @@ from fastseg_kernels.constants import (
     TARGETS_AS_STORED,
     coefficient_width,
     columns,
+    gamma_of,
     lovasz_histogram,
 )
 from fastseg_kernels.cpu import overlap, softmax, sorting, threads
@@ -219,6 +220,7 @@ def _address(array: Any) -> int:
 def _statistics_call(arrangement: Arrangement, plan: _Plan, families: frozenset[str]) -> _Call:
     """Return the call that adds up the sums of ``families``."""
     variant, job = plan.variant, plan.job.copy()
+    job["gamma"] = gamma_of(families)
     prepare_counts(job[0], (variant.real, variant.activation, variant.targets), families)
     width = len(columns(families, counts=False))
     return _Call(

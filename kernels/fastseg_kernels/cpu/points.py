@@ -3,7 +3,7 @@
 Two kinds of targets (``binary``: one byte, 0 or 1; ``soft``: a real p in [0, 1], with a weight)
 and two of predictions (``sigmoid``: logits; ``probs``: probabilities) make four pairs. Each pair is
 
-    add(x, p, w, sums) -> sums                  the voxel's part of the sums
+    sums_of(x, p, w, settings) -> sums          the voxel's part of the sums
     slope(x, p, w, coefficients) -> dL/dx       its part of the gradient
 
 With e = exp(-|x|), sigma(|x|) = 1 / (1 + e) and sigma(-|x|) = e / (1 + e), so that the mass on the
@@ -16,12 +16,20 @@ The voxel's BCE is softplus(z) = max(z, 0) + log(1 + e), z being x with its sign
 Sixteen voxels share one logarithm: ``product`` carries (1 + e1)(1 + e2)... - 1 as s + e + s e,
 which stays exact where every e is tiny.
 
-Coefficients are (on_target, off_target, bce_target, bce_other, below, above, square), already
-scaled by everything that scales the gradient:
+With z = -x on the foreground and x off it, the focal loss of a voxel is w^gamma softplus(z), where
+w = sigma(z) is the mass on the wrong side, and its slope
+
+    f'(z) = w^gamma (gamma (1 - w) softplus(z) + w)
+
+w^gamma is a product of w, w^2 and w^4, and unless gamma is a whole number below 8, of a rest's exp.
+
+Coefficients (`constants.COEFFICIENTS`) are already scaled by everything that scales the gradient:
 
     dL/dq = on_target p + off_target (1 - p)           region terms, times dq/dx = q (1 - q)
             + (below if q < p, above if q > p, their mean if q = p) + square (q - p)
     dL/dx = ... - bce_target p (1 - q) + bce_other (1 - p) q
+            + flipped_target p q - flipped_other (1 - p) (1 - q)        smoothed labels
+            - focal_target p f'(-x) + focal_other (1 - p) f'(x)
 
 p - q is formed as p (1 - q) - (1 - p) q, whose sign is exact, and which has its digits, wherever p
 is 0 or 1. For binary targets ``below`` belongs to the foreground and ``above`` to the background:
@@ -38,10 +46,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseg_kernels.constants import FAMILY_COLUMNS, SLOPE_FAMILIES, lovasz_histogram
+from fastseg_kernels.constants import (
+    BENT_FAMILIES,
+    FAMILY_COLUMNS,
+    SLOPE_FAMILIES,
+    lovasz_histogram,
+    without_gamma,
+)
 from fastseg_kernels.cpu.compiled import inlined
 from fastseg_kernels.cpu.elementary import Real, make_exp_negative, make_log, make_log1p
 from fastseg_kernels.cpu.intrinsics import fma
+from fastseg_kernels.cpu.stage import EXCLUDED_INPUT
 
 
 class Variant(NamedTuple):
@@ -59,14 +74,14 @@ class Variant(NamedTuple):
         """
         labels = {"labels"} if self.targets in ("soft", "weighted", "weighted_soft") else set()
         added = {name for name, sums in FAMILY_COLUMNS.items() if sums} | labels
-        return self._replace(families=families & added)
+        return self._replace(families=without_gamma(families) & added)
 
     def sloping(self, families: frozenset[str]) -> Variant:
         """Return the variant that writes the gradient of a loss made of ``families``.
 
         With softmax the slopes of Lovasz terms, "given", come in the middle of the kernel.
         """
-        own = families & SLOPE_FAMILIES
+        own = without_gamma(families) & SLOPE_FAMILIES
         if self.activation == "softmax" and ("sorted" in families or lovasz_histogram(families)):
             own |= {"given"}
         return self._replace(families=own)
@@ -86,27 +101,43 @@ class Coefficients(NamedTuple):
     below: Any
     above: Any
     square: Any
+    flipped_target: Any
+    flipped_other: Any
+    focal_target: Any
+    focal_other: Any
+    gamma: Any
+
+
+class Settings(NamedTuple):
+    """Numbers that the sums of a voxel depend on."""
+
+    threshold: Any
+    gamma: Any
 
 
 class Point(NamedTuple):
-    """The point functions of one variant; ``add`` returns the tuple of sums it was given."""
+    """The point functions of one variant."""
 
-    add: Any
+    sums_of: Any
     join: Any  # join(sums, sums) -> the sums of both
     log_sum: Any  # log_sum(product, direct) -> the BCE that the sums hold
     slope: Any
 
 
 class Sums(NamedTuple):
-    """The sums of one lane; ``add`` returns them with one voxel more.
+    """The sums of some voxels of one lane.
 
-    What a variant does not ask for stays as it was, and the compiler leaves it out.
+    What a variant does not ask for is 0, and the compiler leaves it out.
     """
 
     product_pos: Any  # BCE of foreground voxels (of all voxels, unless "bce_split") is
     bce_pos: Any  # bce_pos + log(1 + product_pos)
     product_neg: Any  # and likewise of background voxels
     bce_neg: Any
+    flipped_pos: Any  # what bce_pos is if the foreground's labels are 0 (with the same product)
+    flipped_neg: Any
+    focal_pos: Any  # focal loss of foreground voxels
+    focal_neg: Any
     inner: Any  # sum p q
     missed: Any  # sum p (1 - q)
     false_alarm: Any  # sum (1 - p) q
@@ -122,9 +153,11 @@ class Sums(NamedTuple):
     bad: Any  # not zero: there is an invalid target, prediction or weight to be counted
 
 
-def no_voxels(real: Real) -> Sums:
-    """Return the sums over nothing."""
-    return Sums(*(real.scalar(0),) * 12, *(real.integer(0),) * 5)
+def bce_needed(families: frozenset[str]) -> tuple[bool, bool, bool, bool]:
+    """Return which of the BCE's sums are added up: any, both apart, flipped; and the focal ones."""
+    flipped = "bce_flipped" in families
+    split = flipped or "bce_split" in families
+    return split or "bce" in families, split, flipped, "focal_bce" in families
 
 
 def sums_needed(families: frozenset[str], binary: bool) -> tuple[bool, bool, bool]:
@@ -165,6 +198,10 @@ def _join(real: Real) -> Any:
             a.bce_pos + b.bce_pos,
             fma(a.product_neg, b.product_neg, a.product_neg + b.product_neg),
             a.bce_neg + b.bce_neg,
+            a.flipped_pos + b.flipped_pos,
+            a.flipped_neg + b.flipped_neg,
+            a.focal_pos + b.focal_pos,
+            a.focal_neg + b.focal_neg,
             a.inner + b.inner,
             a.missed + b.missed,
             a.false_alarm + b.false_alarm,
@@ -183,19 +220,37 @@ def _join(real: Real) -> Any:
     return join
 
 
-def _count(real: Real) -> Any:
-    I = real.integer  # noqa: E741
-    nothing, unit = I(0), I(1)
+def make_focal(real: Real) -> tuple[Any, Any]:
+    """Return the focal loss of a voxel and its slope with respect to z.
+
+    Both take (wrong, right, nll, other_nll, gamma): sigma(z), sigma(-z), softplus(z), softplus(-z).
+    """
+    T, I = real.scalar, real.integer  # noqa: E741
+    zero, one, far, most, nothing = T(0), T(1), T(1000), T(7), I(0)
+    exp_negative, bit0, bit1, bit2 = make_exp_negative(real), I(1), I(2), I(4)
 
     @inlined
-    def count(hits, predicted, undefined, over, is_target, no_answer):  # type: ignore[no-untyped-def]
-        return (
-            I(hits + (unit if over & is_target else nothing)),
-            I(predicted + (unit if over else nothing)),
-            I(undefined + (unit if no_answer else nothing)),
-        )
+    def power(wrong, other_nll, gamma):  # type: ignore[no-untyped-def]
+        below = gamma if gamma < most else most
+        whole = I(below)
+        rest = gamma - T(whole)
+        square = wrong * wrong
+        value = wrong if I(whole & bit0) != nothing else one
+        value *= square if I(whole & bit1) != nothing else one
+        value *= square * square if I(whole & bit2) != nothing else one
+        log = far if other_nll > far else other_nll  # 0 times infinity is 0 here
+        return value * exp_negative(rest * log)
 
-    return count
+    @inlined
+    def focal(wrong, right, nll, other_nll, gamma):  # type: ignore[no-untyped-def]
+        return power(wrong, other_nll, gamma) * nll if wrong != zero else nll
+
+    @inlined
+    def slope(wrong, right, nll, other_nll, gamma):  # type: ignore[no-untyped-def]
+        moved = right * nll if right != zero else zero
+        return power(wrong, other_nll, gamma) * fma(gamma, moved, wrong)
+
+    return focal, slope
 
 
 def make_is_allowed(variant: Variant, real: Real) -> Any:
@@ -242,148 +297,175 @@ def make_bent(variant: Variant, real: Real) -> Any:
 
 
 def _binary_point(variant: Variant, real: Real) -> Point:
-    T = real.scalar
-    zero, one, background = T(0), T(1), np.uint8(0)
-    exp_negative = make_exp_negative(real)
-    bce = bool({"bce", "bce_split"} & variant.families)
-    split = "bce_split" in variant.families
+    T, I = real.scalar, real.integer  # noqa: E741
+    zero, one, background, nothing, unit = T(0), T(1), np.uint8(0), I(0), I(1)
+    exp_negative, log1p = make_exp_negative(real), make_log1p(real)
+    bce, split, flipped, focal = bce_needed(variant.families)
     overlap, _, squared = sums_needed(variant.families, binary=True)
     hard = "hard" in variant.families
-    count = _count(real)
+    focal_of, focal_slope = make_focal(real)
+    excluded = T(EXCLUDED_INPUT["sigmoid"])
 
     @inlined
-    def add(x, p, w, threshold, sums):  # type: ignore[no-untyped-def]
-        (product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, common, short,
-         excess, square, target, hits, predicted, true, undefined, bad) = sums  # fmt: skip
+    def sums_of(x, p, w, settings):  # type: ignore[no-untyped-def]
+        product_pos = bce_pos = product_neg = bce_neg = flipped_pos = flipped_neg = zero
+        focal_pos = focal_neg = inner = missed = false_alarm = square = zero
+        hits = predicted = undefined = nothing
         is_target = p != background
         size = abs(x)
         e = exp_negative(size)
         on_wrong_side = (x >= zero) != is_target
-        if overlap:
+        if overlap or focal:
             large = one / (one + e)
             small = e * large
             wrong = large if on_wrong_side else small
             right = small if on_wrong_side else large
-            inner += right if is_target else zero
-            missed += wrong if is_target else zero
-            false_alarm += zero if is_target else wrong
+        if overlap:
+            inner = right if is_target else zero
+            missed = wrong if is_target else zero
+            false_alarm = zero if is_target else wrong
         if squared:
-            square = fma(wrong, wrong, square)
+            square = wrong * wrong
         if bce:
             beyond = size if on_wrong_side else zero
             if split:
-                e_pos = e if is_target else zero
-                e_neg = zero if is_target else e
-                product_pos = fma(product_pos, e_pos, product_pos + e_pos)
-                product_neg = fma(product_neg, e_neg, product_neg + e_neg)
-                bce_pos += beyond if is_target else zero
-                bce_neg += zero if is_target else beyond
+                product_pos = e if is_target else zero
+                product_neg = zero if is_target else e
+                bce_pos = beyond if is_target else zero
+                bce_neg = zero if is_target else beyond
             else:
-                product_pos = fma(product_pos, e, product_pos + e)
-                bce_pos += beyond
+                product_pos, bce_pos = e, beyond
+        if flipped:
+            over = zero if on_wrong_side or x == excluded else size
+            flipped_pos = over if is_target else zero
+            flipped_neg = zero if is_target else over
+        if focal:
+            log = log1p(e)
+            nll = log + (size if on_wrong_side else zero)
+            other_nll = log + (zero if on_wrong_side else size)
+            value = focal_of(wrong, right, nll, other_nll, settings.gamma)
+            focal_pos = value if is_target else zero
+            focal_neg = zero if is_target else value
         if hard:
-            over, no_answer = x >= threshold, x != x
-            hits, predicted, undefined = count(
-                hits, predicted, undefined, over, is_target, no_answer
-            )
-        return Sums(product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, common,
-                    short, excess, square, target, hits, predicted, true, undefined,
-                    bad)  # fmt: skip
+            over_threshold = x >= settings.threshold
+            hits = unit if over_threshold & is_target else nothing
+            predicted = unit if over_threshold else nothing
+            undefined = unit if x != x else nothing
+        return Sums(product_pos, bce_pos, product_neg, bce_neg, flipped_pos, flipped_neg, focal_pos,
+                    focal_neg, inner, missed, false_alarm, zero, zero, zero, square, zero, hits,
+                    predicted, nothing, undefined, nothing)  # fmt: skip
 
     @inlined
     def slope(x, p, w, k):  # type: ignore[no-untyped-def]
         is_target = p != background
-        e = exp_negative(abs(x))
+        size = abs(x)
+        e = exp_negative(size)
         large = one / (one + e)
         small = fma(-e, e * large, e)
-        wrong = large if (x >= zero) != is_target else small
+        on_wrong_side = (x >= zero) != is_target
+        wrong = large if on_wrong_side else small
         region = k.on_target if is_target else k.off_target
         if squared:
             region = fma(k.square, -wrong if is_target else wrong, region)
         bce_weight = -k.bce_target if is_target else k.bce_other
-        return fma(bce_weight, wrong, region * fma(-small, small, small))
+        value = fma(bce_weight, wrong, region * fma(-small, small, small))
+        right = small if on_wrong_side else large
+        if flipped:
+            value = fma(k.flipped_target if is_target else -k.flipped_other, right, value)
+        if focal:
+            log = log1p(e)
+            nll = log + (size if on_wrong_side else zero)
+            of_z = focal_slope(wrong, right, nll, log + (zero if on_wrong_side else size), k.gamma)
+            value = fma(-k.focal_target if is_target else k.focal_other, of_z, value)
+        return value
 
-    return Point(add, _join(real), _log_sum(real), slope)
+    return Point(sums_of, _join(real), _log_sum(real), slope)
 
 
 def _soft_point(variant: Variant, real: Real) -> Point:
     T, I = real.scalar, real.integer  # noqa: E741
     zero, one, half, nothing, unit = T(0), T(1), T(0.5), I(0), I(1)
     exp_negative, log1p = make_exp_negative(real), make_log1p(real)
-    bce = bool({"bce", "bce_split"} & variant.families)
-    split = "bce_split" in variant.families
+    bce, split, flipped, focal = bce_needed(variant.families)
     overlap, l1, squared = sums_needed(variant.families, binary=False)
     hard = "hard" in variant.families
-    count, short_and_excess, bent = (
-        _count(real),
-        make_short_and_excess(real),
-        make_bent(variant, real),
-    )
-    weighted, is_bent = variant.targets == "weighted", bool(SLOPE_FAMILIES & variant.families)
-
-    is_allowed = make_is_allowed(variant, real)
+    short_and_excess, bent = make_short_and_excess(real), make_bent(variant, real)
+    focal_of, focal_slope = make_focal(real)
+    weighted, is_bent = variant.targets == "weighted", bool(BENT_FAMILIES & variant.families)
+    is_allowed, excluded = make_is_allowed(variant, real), T(EXCLUDED_INPUT["sigmoid"])
 
     @inlined
-    def add(x, p, w, threshold, sums):  # type: ignore[no-untyped-def]
-        (product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, common, short,
-         excess, square, target, hits, predicted, true, undefined, bad) = sums  # fmt: skip
+    def sums_of(x, p, w, settings):  # type: ignore[no-untyped-def]
+        product_pos = bce_pos = bce_neg = flipped_pos = flipped_neg = focal_pos = focal_neg = zero
+        inner = missed = false_alarm = common = short = excess = square = zero
+        hits = predicted = true = undefined = nothing
         weight = w if weighted else one
         other = one - p
-        over, no_answer = x >= threshold, x != x
+        over, no_answer = x >= settings.threshold, x != x
         if weighted:
             x = x if w != zero else zero  # weight 0 leaves out whatever is stored there
         size = abs(x)
         e = exp_negative(size)
-        if overlap or l1:
+        if overlap or l1 or focal:
             large = one / (one + e)
             small = e * large
             q, rest = (large, small) if x >= zero else (small, large)
             difference = p * rest - other * q
         if overlap:
-            inner += weight * p * q
-            missed += weight * p * rest
-            false_alarm += weight * other * q
+            inner = weight * p * q
+            missed = weight * p * rest
+            false_alarm = weight * other * q
         if l1:
             under, over_by = short_and_excess(difference)
-            common += weight * (q if difference > zero else p)
-            short += weight * under
-            excess += weight * over_by
+            common = weight * (q if difference > zero else p)
+            short = weight * under
+            excess = weight * over_by
         if squared:
-            square += weight * (difference * difference)
-        if split:
+            square = weight * (difference * difference)
+        if split or focal:
             log_rest = log1p(e)
-            excess_pos = size if x < zero and p != zero else zero  # 0 * inf is 0 here, not NaN
-            excess_neg = size if x > zero and other != zero else zero
-            bce_pos += weight * p * (excess_pos + log_rest)
-            bce_neg += weight * other * (excess_neg + log_rest)
+            # softplus(x) and softplus(-x); NaN is in both
+            high = log_rest + (zero if x < zero else size)
+            low = log_rest + (zero if x > zero else size)
+        if split:
+            bce_pos = weight * p * low if p != zero else zero * e  # 0 * inf is 0 here, not NaN
+            bce_neg = weight * other * high if other != zero else zero * e
         elif bce:
             share = other if x > zero else p
             beyond = size * share if share != zero else zero
             if weighted:
-                bce_pos += weight * (beyond + log1p(e))
+                bce_pos = weight * (beyond + log1p(e))
             else:
-                product_pos = fma(product_pos, e, product_pos + e)
-                bce_pos += beyond
+                product_pos, bce_pos = e, beyond
+        if flipped:
+            flipped_pos = weight * p * high if p != zero else zero
+            flipped_neg = weight * other * low if other != zero and x != excluded else zero
+        if focal:
+            of_target = focal_of(rest, q, low, high, settings.gamma)
+            of_other = focal_of(q, rest, high, low, settings.gamma)
+            focal_pos = weight * p * of_target if p != zero else zero * e
+            focal_neg = weight * other * of_other if other != zero else zero * e
         if hard:
             is_target = p >= half
-            true = I(true + (unit if is_target else nothing))
-            hits, predicted, undefined = count(
-                hits, predicted, undefined, over, is_target, no_answer
-            )
-        target += weight * p
-        bad = I(bad | (nothing if is_allowed(p) else unit))
+            true = unit if is_target else nothing
+            hits = unit if over & is_target else nothing
+            predicted = unit if over else nothing
+            undefined = unit if no_answer else nothing
+        target = weight * p
+        bad = nothing if is_allowed(p) else unit
         if weighted:
             bad = I(bad | (nothing if w >= zero else unit))
-        return Sums(product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, common,
-                    short, excess, square, target, hits, predicted, true, undefined,
-                    bad)  # fmt: skip
+        return Sums(product_pos, bce_pos, zero, bce_neg, flipped_pos, flipped_neg, focal_pos,
+                    focal_neg, inner, missed, false_alarm, common, short, excess, square, target,
+                    hits, predicted, true, undefined, bad)  # fmt: skip
 
     @inlined
     def slope(x, p, w, k):  # type: ignore[no-untyped-def]
         other = one - p
         if weighted:
             x = x if w != zero else zero
-        e = exp_negative(abs(x))
+        size = abs(x)
+        e = exp_negative(size)
         large = one / (one + e)
         small = fma(-e, e * large, e)
         q, rest = (large, small) if x >= zero else (small, large)
@@ -392,73 +474,86 @@ def _soft_point(variant: Variant, real: Real) -> Point:
             region += bent(p * rest - other * q, k.below, k.above, k.square)
         region *= fma(-small, small, small)
         value = fma(k.bce_other * other, q, region) - k.bce_target * p * rest
+        if flipped:
+            value += k.flipped_target * p * q - k.flipped_other * other * rest
+        if focal:
+            log = log1p(e)
+            low, high = log + (size if x < zero else zero), log + (size if x > zero else zero)
+            value += k.focal_other * other * focal_slope(q, rest, high, low, k.gamma)
+            value -= k.focal_target * p * focal_slope(rest, q, low, high, k.gamma)
         return w * value if weighted else value
 
-    return Point(add, _join(real), _log_sum(real), slope)
+    return Point(sums_of, _join(real), _log_sum(real), slope)
 
 
 def _probs_point(variant: Variant, real: Real) -> Point:
     """Probabilities and soft targets; both logarithms are clamped at -100, as PyTorch does."""
     T, I = real.scalar, real.integer  # noqa: E741
     zero, one, half, nothing, unit = T(0), T(1), T(0.5), I(0), I(1)
-    floor, smallest = T(-100), T(1e-12)
+    most, smallest = T(100), T(1e-12)
     log, log1p = make_log(real), make_log1p(real)
-    bce = bool({"bce", "bce_split"} & variant.families)
-    split = "bce_split" in variant.families
+    bce, split, flipped, focal = bce_needed(variant.families)
+    if flipped:
+        raise NotImplementedError("labels of probabilities are not smoothed")
     overlap, l1, squared = sums_needed(variant.families, binary=False)
     hard = "hard" in variant.families
-    count, short_and_excess, bent = (
-        _count(real),
-        make_short_and_excess(real),
-        make_bent(variant, real),
-    )
-    weighted, is_bent = variant.targets == "weighted", bool(SLOPE_FAMILIES & variant.families)
+    short_and_excess, bent = make_short_and_excess(real), make_bent(variant, real)
+    focal_of, focal_slope = make_focal(real)
+    weighted, is_bent = variant.targets == "weighted", bool(BENT_FAMILIES & variant.families)
 
     @inlined
-    def add(x, p, w, threshold, sums):  # type: ignore[no-untyped-def]
-        (product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, common, short,
-         excess, square, target, hits, predicted, true, undefined, bad) = sums  # fmt: skip
+    def logs(x):  # type: ignore[no-untyped-def]
+        """Return -log q and -log(1 - q)."""
+        low = -log(x)
+        high = -log1p(-x) if x < one else (most if x == one else x)
+        return (most if low > most else low), (most if high > most else high)
+
+    @inlined
+    def sums_of(x, p, w, settings):  # type: ignore[no-untyped-def]
+        bce_pos = bce_neg = focal_pos = focal_neg = zero
+        inner = missed = false_alarm = common = short = excess = square = zero
+        hits = predicted = true = undefined = nothing
         weight = w if weighted else one
         p_real = T(p)
-        over, no_answer, outside = x >= threshold, x != x, x < zero or x > one
+        over, no_answer, outside = x >= settings.threshold, x != x, x < zero or x > one
         if weighted:
             x = x if w != zero else zero
         other, rest = one - p_real, one - x
         if overlap:
-            inner += weight * p_real * x
-            missed += weight * p_real * rest
-            false_alarm += weight * other * x
+            inner = weight * p_real * x
+            missed = weight * p_real * rest
+            false_alarm = weight * other * x
         if l1:
             under, over_by = short_and_excess(p_real - x)
-            common += weight * (x if p_real > x else p_real)
-            short += weight * under
-            excess += weight * over_by
+            common = weight * (x if p_real > x else p_real)
+            short = weight * under
+            excess = weight * over_by
         if squared:
-            square += weight * ((p_real - x) * (p_real - x))
-        if bce:
-            log_q = log(x)
-            log_rest = log1p(-x) if x < one else (floor if x == one else x)
-            nll_pos = -p_real * (floor if log_q < floor else log_q)
-            nll_neg = -other * (floor if log_rest < floor else log_rest)
-            if split:
-                bce_pos += weight * nll_pos
-                bce_neg += weight * nll_neg
-            else:
-                bce_pos += weight * (nll_pos + nll_neg)
+            square = weight * ((p_real - x) * (p_real - x))
+        if bce or focal:
+            low, high = logs(x)
+        if split:
+            bce_pos = weight * (p_real * low)
+            bce_neg = weight * (other * high)
+        elif bce:
+            bce_pos = weight * (p_real * low + other * high)
+        if focal:
+            focal_pos = weight * (p_real * focal_of(rest, x, low, high, settings.gamma))
+            focal_neg = weight * (other * focal_of(x, rest, high, low, settings.gamma))
         if hard:
             is_target = p_real >= half
-            true = I(true + (unit if is_target else nothing))
-            hits, predicted, undefined = count(
-                hits, predicted, undefined, over, is_target, no_answer
-            )
-        target += weight * p_real
-        bad = I(bad | (nothing if zero <= p_real <= one else unit))
+            true = unit if is_target else nothing
+            hits = unit if over & is_target else nothing
+            predicted = unit if over else nothing
+            undefined = unit if no_answer else nothing
+        target = weight * p_real
+        bad = nothing if zero <= p_real <= one else unit
         bad = I(bad | (unit if outside else nothing))
         if weighted:
             bad = I(bad | (nothing if w >= zero else unit))
-        return Sums(product_pos, bce_pos, product_neg, bce_neg, inner, missed, false_alarm, common,
-                    short, excess, square, target, hits, predicted, true, undefined,
-                    bad)  # fmt: skip
+        return Sums(zero, bce_pos, zero, bce_neg, zero, zero, focal_pos, focal_neg,
+                    inner, missed, false_alarm, common, short, excess, square, target, hits,
+                    predicted, true, undefined, bad)  # fmt: skip
 
     @inlined
     def log_sum(product, direct):  # type: ignore[no-untyped-def]
@@ -475,7 +570,12 @@ def _probs_point(variant: Variant, real: Real) -> Point:
         value = k.on_target * p_real + k.off_target * other
         if is_bent:
             value += bent(p_real - x, k.below, k.above, k.square)
-        value += (k.bce_other * other * x - k.bce_target * p_real * rest) / spread
+        of_logit = k.bce_other * other * x - k.bce_target * p_real * rest
+        if focal:
+            low, high = logs(x)
+            of_logit += k.focal_other * other * focal_slope(x, rest, high, low, k.gamma)
+            of_logit -= k.focal_target * p_real * focal_slope(rest, x, low, high, k.gamma)
+        value += of_logit / spread
         return w * value if weighted else value
 
-    return Point(add, _join(real), log_sum, slope)
+    return Point(sums_of, _join(real), log_sum, slope)

@@ -21,8 +21,11 @@ the weight of -log q_c in the cross-entropy (a_c for the target's class, b_c for
     dL/dx_c = q_c ((h_c - h_r) - sum_k q_k (h_k - h_r)) + q_c sum_{k != c} T_k - T_c (1 - q_c)
 
 The difference to r makes the sum as small as the gradient is where q_r is near 1. The coefficients
-of a row are (on, off, a, b, below, above, square): h_c also has what the l1 and squared forms add,
-as in `points`, and is then kept for a tile as e_c is.
+of a row are (on, off, a, b, below, above, square, ...): h_c also has what the l1 and squared forms
+add, as in `points`, and is then kept for a tile as e_c is. A focal loss adds focal_c p_c u_c to
+T_c, with
+
+    u_c = (1 - q_c)^(gamma - 1) (gamma q_c (-log q_c) + 1 - q_c)
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ from fastseg_kernels.cpu.intrinsics import (
 )
 from fastseg_kernels.cpu.operands import voxel_address
 from fastseg_kernels.cpu.points import Variant, make_is_allowed
-from fastseg_kernels.cpu.softmax_slopes import has_slopes, make_tile_gradient
+from fastseg_kernels.cpu.softmax_slopes import has_shares, has_slopes, make_tile_gradient
 from fastseg_kernels.cpu.softmax_stage import (
     BUFFER,
     LONGEST_TILE,
@@ -174,6 +177,7 @@ def _second_pass(variant: Variant, verb: str) -> Kernel:
     p_length = BUFFER if "soft" in variant.targets else 1
     k_length = (COEFFICIENTS + 1) * MOST_CLASSES
     h_length = BUFFER if has_slopes(variant) else 1
+    shares_length = BUFFER if has_shares(variant) else 1
     folded = "overlap_l1" in variant.families and "soft" not in variant.targets
     tile_gradient = make_tile_gradient(variant, real, verb == "errors")
 
@@ -181,6 +185,7 @@ def _second_pass(variant: Variant, verb: str) -> Kernel:
         job = carray(pointer_to(job_address, JOB), 1)[0]
         x, e, p = stack_array(BUFFER, T), stack_array(BUFFER, T), stack_array(p_length, T)
         h, k = stack_array(h_length, T), stack_array(k_length, T)
+        shares = address_of(stack_array(shares_length, T))
         target, keep = stack_array(LONGEST_TILE, I), stack_array(LONGEST_TILE, T)
         weight, scratch = stack_array(LONGEST_TILE, T), stack_array(LONGEST_TILE, np.int64)
         ask_pointer, put_pointer = stack_array(1, TILE_REQUEST), stack_array(1, LOAD_REQUEST)
@@ -220,9 +225,9 @@ def _second_pass(variant: Variant, verb: str) -> Kernel:
                 if in_place:
                     there, there_step = voxel_address(job.out, n, 0, voxel), job.out.stride_c
                 tile_gradient(
-                    here, here_step, ask.p, address_of(e), address_of(h), ask.tile, job.classes,
-                    target, weight, k, given, given_step, ask.count, there, there_step, job,
-                    job_address, address_of(voxels_pointer), n * job.classes,
+                    here, here_step, ask.p, address_of(e), address_of(h), shares, ask.tile,
+                    job.classes, target, weight, k, given, given_step, ask.count, there,
+                    there_step, job, job_address, address_of(voxels_pointer), n * job.classes,
                 )  # fmt: skip
                 if not in_place:
                     put.n, put.voxel, put.count = n, voxel, ask.count

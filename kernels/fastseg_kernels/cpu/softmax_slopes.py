@@ -11,7 +11,7 @@ import numpy as np
 
 from fastseg_kernels.constants import COEFFICIENTS
 from fastseg_kernels.cpu.compiled import function, inlined, pasted
-from fastseg_kernels.cpu.elementary import Real
+from fastseg_kernels.cpu.elementary import Real, make_log, make_log1p
 from fastseg_kernels.cpu.histograms import VOXELS, tally
 from fastseg_kernels.cpu.intrinsics import (
     address_of,
@@ -23,10 +23,21 @@ from fastseg_kernels.cpu.intrinsics import (
     stack_array,
     wide_vectors,
 )
-from fastseg_kernels.cpu.points import Variant
+from fastseg_kernels.cpu.points import Variant, make_focal
 from fastseg_kernels.cpu.points import make_bent as make_bent_point
-from fastseg_kernels.cpu.softmax_stage import LONGEST_TILE
-from fastseg_kernels.cpu.softmax_walk import Tops, make_end_group, make_slope, make_walk
+from fastseg_kernels.cpu.softmax_stage import LONGEST_TILE, MOST_CLASSES
+from fastseg_kernels.cpu.softmax_walk import (
+    Tops,
+    make_end_group,
+    make_exponential,
+    make_slope,
+    make_walk,
+)
+
+
+def has_shares(variant: Variant) -> bool:
+    """Tell whether the weights T_c of the classes depend on q_c, and have a buffer of their own."""
+    return "focal_ce" in variant.families and "indexed" not in variant.targets
 
 
 def has_slopes(variant: Variant) -> bool:
@@ -58,6 +69,45 @@ def make_tile_gradient(variant: Variant, real: Real, of_errors: bool = False) ->
     is_bent, with_given = has_slopes(variant), "given" in variant.families
     walk, end_group = make_walk(variant, real, not is_bent), make_end_group(real)
     slope, bent = make_slope(variant, real), make_bent(variant, real)
+    focal, with_shares = "focal_ce" in variant.families, has_shares(variant)
+    focal_slope, log, log1p = make_focal(real)[1], make_log(real), make_log1p(real)
+    _, exponential = make_exponential(real)
+
+    @inlined
+    def steepness(wrong, right, nll, gamma):  # type: ignore[no-untyped-def]
+        """Return u, by which a focal loss outweighs a cross-entropy; 0 where no other class is."""
+        if wrong == zero:
+            return zero
+        return focal_slope(wrong, right, nll, -log(wrong), gamma) / wrong
+
+    @pasted
+    def fill_shares(  # type: ignore[no-untyped-def]
+        x, x_step, e, p, shares, tile, classes, weight, k, scaled, left, tops
+    ):
+        """Fill T_c = p_c (a_c + focal_c u_c), of soft targets."""
+        gamma = k[11 * classes]
+        for c in range(classes):
+            row, e_row = pointer_to(x + c * x_step, T), pointer_to(e + c * tile * size, T)
+            share, out = pointer_to(p + c * tile * size, T), pointer_to(shares + c * tile * size, T)
+            a, of_focal = k[2 * classes + c], k[9 * classes + c]
+            for i in range(tile):
+                logit = row[i] if weight[i] != zero else zero
+                below = zero if logit == tops.top[i] else tops.top[i] - logit
+                nll = below + log1p(left[i] / tops.largest[i])
+                wrong = (left[i] + (tops.largest[i] - e_row[i])) * scaled[i]
+                u = steepness(wrong, e_row[i] * scaled[i], nll, gamma)
+                out[i] = share[i] * (a + of_focal * u) if share[i] != zero else zero
+
+    @pasted
+    def sharpen(own, pull, focal_pull, tile, classes, k, scaled, left, tops):  # type: ignore[no-untyped-def]
+        """Add focal_t u_t to the weight of the target's class, where targets are indices."""
+        gamma = k[11 * classes]
+        for i in range(tile):
+            e_own = exponential(own[i], own[i] == tops.top[i], tops, i)
+            below = zero if own[i] == tops.top[i] else tops.top[i] - own[i]
+            nll = below + log1p(left[i] / tops.largest[i])
+            wrong = (left[i] + (tops.largest[i] - e_own)) * scaled[i]
+            pull[i] += focal_pull[i] * steepness(wrong, e_own * scaled[i], nll, gamma)
 
     @pasted
     def find_pulls(p, tile, classes, mine, pull, group, strongest, equal):  # type: ignore[no-untyped-def]
@@ -83,7 +133,7 @@ def make_tile_gradient(variant: Variant, real: Real, of_errors: bool = False) ->
     def pulls_of(is_target, share, a, pull, strongest, equal):  # type: ignore[no-untyped-def]
         """Return a_c p_c, and the sum of a_k p_k over the other classes."""
         if indexed:
-            return (a, zero) if is_target else (zero, pull)
+            return (pull, zero) if is_target else (zero, pull)
         here = a * share
         if here == strongest:
             return here, pull + (equal - one) * strongest
@@ -146,8 +196,8 @@ def make_tile_gradient(variant: Variant, real: Real, of_errors: bool = False) ->
 
     @function
     def tile_gradient(  # type: ignore[no-untyped-def]
-        x, x_step, p, e, h, tile, classes, target, weight, k, given, given_step, count, out,
-        out_step, job, job_address, voxels_address, first_row,
+        x, x_step, p, e, h, shares, tile, classes, target, weight, k, given, given_step, count,
+        out, out_step, job, job_address, voxels_address, first_row,
     ):  # fmt: skip
         wide_vectors()
         scaled, left = stack_array(LONGEST_TILE, T), stack_array(LONGEST_TILE, T)
@@ -163,12 +213,15 @@ def make_tile_gradient(variant: Variant, real: Real, of_errors: bool = False) ->
         mine = pointer_to(address_of(k) + 2 * classes * size, T)
         everyone = pointer_to(address_of(k) + 3 * classes * size, T)
         rest_of_all = pointer_to(address_of(k) + COEFFICIENTS * classes * size, T)
-        if indexed:
-            for i in range(tile):
-                mean[i], pull[i] = zero, zero
-        else:
-            for i in range(tile):
-                mean[i] = zero
+        of_focal_ce = pointer_to(address_of(k) + 9 * classes * size, T)
+        units = stack_array(MOST_CLASSES, T)
+        if with_shares:
+            for c in range(classes):
+                units[c] = one
+        for i in range(tile):
+            mean[i], pull[i], strongest[i] = zero, zero, zero
+        pulled, pullers = p, mine
+        if not indexed and not with_shares:
             find_pulls(p, tile, classes, mine, pull, group, strongest, equal)
         walk(x, x_step, p, tile, classes, target, weight, e, tops, ties, left, group, own,
              on, off, h_top)  # fmt: skip
@@ -176,6 +229,12 @@ def make_tile_gradient(variant: Variant, real: Real, of_errors: bool = False) ->
             left[i] = fma(ties[i] - one, largest[i], left[i] + group[i])
             group[i] = zero
             scaled[i] = one / (left[i] + largest[i])
+        if with_shares:
+            pulled, pullers = shares, units
+            fill_shares(x, x_step, e, p, shares, tile, classes, weight, k, scaled, left, tops)
+            find_pulls(shares, tile, classes, units, pull, group, strongest, equal)
+            for i in range(tile):
+                group[i] = zero
         if of_errors:
             write_errors(e, p, tile, classes, target, weight, scaled, left, largest, out, out_step)
             return
@@ -186,6 +245,7 @@ def make_tile_gradient(variant: Variant, real: Real, of_errors: bool = False) ->
         for c in range(classes):
             e_row, share = pointer_to(e + c * tile * size, T), pointer_to(p + c * tile * size, T)
             steep, flat, a, label = on[c], off[c], mine[c], I(c)
+            of_focal = of_focal_ce[c]
             h_row = pointer_to(h + c * tile * size, T)
             for i in range(tile):
                 is_target = is_same(target[i], label)
@@ -193,19 +253,24 @@ def make_tile_gradient(variant: Variant, real: Real, of_errors: bool = False) ->
                 group[i] = fma(e_row[i], below, group[i])
                 if indexed:
                     pull[i] = select(is_target, a, pull[i])
+                    if focal:
+                        strongest[i] = select(is_target, of_focal, strongest[i])
             end_group(c, classes, tile, group, mean)
+        if focal and indexed:
+            sharpen(own, pull, strongest, tile, classes, k, scaled, left, tops)
         for i in range(tile):
             mean[i] = (mean[i] + group[i]) * scaled[i]
         for c in range(classes):
             e_row, share = pointer_to(e + c * tile * size, T), pointer_to(p + c * tile * size, T)
-            steep, flat, a, b, others_b = on[c], off[c], mine[c], everyone[c], rest_of_all[c]
+            steep, flat, a, b, others_b = on[c], off[c], pullers[c], everyone[c], rest_of_all[c]
+            own_pull = pointer_to(pulled + c * tile * size, T)
             g, label = pointer_to(out + c * out_step, T), I(c)
             h_row = pointer_to(h + c * tile * size, T)
             for i in range(tile):
                 is_target = is_same(target[i], label)
-                part = zero if indexed else share[i]
                 region = (slope_at(h_row, is_target, share, i, steep, flat) - h_top[i]) - mean[i]
-                here, there = pulls_of(is_target, part, a, pull[i], strongest[i], equal[i])
+                weighed = zero if indexed else own_pull[i]
+                here, there = pulls_of(is_target, weighed, a, pull[i], strongest[i], equal[i])
                 q = e_row[i] * scaled[i]
                 rest = (left[i] + (largest[i] - e_row[i])) * scaled[i]
                 value = q * (region + (there + others_b)) - (here + b) * rest

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseg_kernels.constants import BASE_COLUMNS, SLOPE_FAMILIES, columns
+from fastseg_kernels.constants import BASE_COLUMNS, BENT_FAMILIES, columns
 from fastseg_kernels.cpu.compiled import function, inlined, pasted
-from fastseg_kernels.cpu.elementary import Real, make_log1p
+from fastseg_kernels.cpu.elementary import Real, make_log, make_log1p
 from fastseg_kernels.cpu.histograms import VOXELS, tally
 from fastseg_kernels.cpu.intrinsics import (
     address_of,
@@ -22,7 +22,7 @@ from fastseg_kernels.cpu.intrinsics import (
     stack_array,
     wide_vectors,
 )
-from fastseg_kernels.cpu.points import Variant, make_short_and_excess, sums_needed
+from fastseg_kernels.cpu.points import Variant, make_focal, make_short_and_excess, sums_needed
 from fastseg_kernels.cpu.softmax_stage import LONGEST_TILE, MOST_CLASSES, NOBODY, UNIT
 from fastseg_kernels.cpu.softmax_walk import Tops, make_exponential, make_largest, make_walk
 from fastseg_kernels.cpu.tiles import LANES
@@ -32,8 +32,8 @@ FILLED = frozenset(
         *BASE_COLUMNS, "true_positive_sum", "false_negative_sum", "false_positive_sum", "ce_sum",
         "l1_true_positive_sum", "l1_false_negative_sum", "l1_false_positive_sum",
         "product_sum", "squared_error_sum",
-        "ce_uniform_sum", "hard_true_positives", "hard_false_positives", "hard_false_negatives",
-        "undefined",
+        "ce_uniform_sum", "focal_ce_sum", "hard_true_positives", "hard_false_positives",
+        "hard_false_negatives", "undefined",
     }
 )  # fmt: skip
 """The columns that are filled here; others are refused."""
@@ -52,6 +52,7 @@ class Sums(NamedTuple):
     target: Any  # sum p
     ce: Any  # sum p (-log q)
     uniform: Any  # sum -log q
+    focal: Any  # sum p (1 - q)^gamma (-log q)
     hits: Any  # predicted and true
     predicted: Any
     true: Any
@@ -69,6 +70,7 @@ class Voxels(NamedTuple):
     missed: Any  # weight (1 - q) of the target's class
     nll: Any  # weight (-log q) of the target's class
     log: Any  # weight log1p(left / e_m)
+    focal: Any  # weight (1 - q)^gamma (-log q) of the target's class
     top: Any
     largest: Any  # e_m
 
@@ -80,13 +82,14 @@ def _make_add(variant: Variant, real: Real) -> Any:
     families, indexed = variant.families, "indexed" in variant.targets
     overlap, l1, squared = sums_needed(families, indexed)
     hard = "hard" in families
-    ce, uniform = "ce" in families, "ce_uniform" in families
+    ce, uniform, focal = (name in families for name in ("ce", "ce_uniform", "focal_ce"))
     short_and_excess = make_short_and_excess(real)
+    focal_of, log = make_focal(real)[0], make_log(real)
 
     @inlined
-    def add(x, e, p, voxels, c, i, sums):  # type: ignore[no-untyped-def]
+    def add(x, e, p, voxels, c, i, gamma, sums):  # type: ignore[no-untyped-def]
         (inner, missed, false_alarm, common, short, excess, square, target, ce_sum, uniform_sum,
-         hits, predicted, true) = sums  # fmt: skip
+         focal_sum, hits, predicted, true) = sums  # fmt: skip
         weight, scaled = voxels.weight[i], voxels.scaled[i]
         is_target = is_same(voxels.target[i], c)
         q = e[i] * scaled
@@ -104,13 +107,15 @@ def _make_add(variant: Variant, real: Real) -> Any:
                 square += weight * (wrong * wrong)
             if ce:
                 ce_sum += voxels.nll[i] if is_target else zero
+            if focal:
+                focal_sum += voxels.focal[i] if is_target else zero
         else:
             target += weight * p[i]
             if overlap:
                 inner += p[i] * q
                 missed += p[i] * ((voxels.left[i] + (voxels.largest[i] - e[i])) * scaled)
                 false_alarm += (one - p[i]) * q
-            if l1 or squared:
+            if l1 or squared or focal:
                 rest = voxels.left[i] + (voxels.largest[i] - e[i])
                 difference = (p[i] * rest - (one - p[i]) * e[i]) * voxels.inverse[i]
             if l1:
@@ -122,6 +127,11 @@ def _make_add(variant: Variant, real: Real) -> Any:
                 square += weight * (difference * difference)
             if ce:
                 ce_sum += p[i] * nll if p[i] != zero else zero  # 0 * inf is 0 here
+            if focal and p[i] != zero and weight != zero:
+                wrong, right = rest * voxels.inverse[i], e[i] * voxels.inverse[i]
+                focal_sum += p[i] * (
+                    weight * focal_of(wrong, right, nll / weight, -log(wrong), gamma)
+                )
         if uniform:
             uniform_sum += nll
         if hard:
@@ -130,7 +140,7 @@ def _make_add(variant: Variant, real: Real) -> Any:
             predicted = I(predicted + (unit if is_predicted else nothing))
             true = I(true + (unit if is_target else nothing))
         return Sums(inner, missed, false_alarm, common, short, excess, square, target, ce_sum,
-                    uniform_sum, hits, predicted, true)  # fmt: skip
+                    uniform_sum, focal_sum, hits, predicted, true)  # fmt: skip
 
     return add
 
@@ -142,7 +152,7 @@ def _make_class_sums(variant: Variant, real: Real) -> Any:
     families = variant.families
     overlap, l1, squared = sums_needed(families, "indexed" in variant.targets)
     hard = "hard" in families
-    ce, uniform = "ce" in families, "ce_uniform" in families
+    ce, uniform, focal = (name in families for name in ("ce", "ce_uniform", "focal_ce"))
     names = columns(families, counts=False)
     at = {name: names.index(name) if name in names else -1 for name in FILLED}
     at_target, at_inner, at_missed = (
@@ -155,18 +165,19 @@ def _make_class_sums(variant: Variant, real: Real) -> Any:
         at[f"l1_{n}_sum"] for n in ("true_positive", "false_negative", "false_positive")
     )
     at_product, at_square = at["product_sum"], at["squared_error_sum"]
+    at_focal = at["focal_ce_sum"]
     at_hits, at_over, at_under = (
         at[f"hard_{n}"] for n in ("true_positives", "false_positives", "false_negatives")
     )
     add = _make_add(variant, real)
-    none, half = Sums(*(zero,) * 10, *(nothing,) * 3), LANES // 2
+    none, half = Sums(*(zero,) * 11, *(nothing,) * 3), LANES // 2
 
     @inlined
-    def four(x, e, p, voxels, c, i):  # type: ignore[no-untyped-def]
-        sums = add(x, e, p, voxels, c, i, none)
-        sums = add(x, e, p, voxels, c, i + LANES, sums)
-        sums = add(x, e, p, voxels, c, i + 2 * LANES, sums)
-        return add(x, e, p, voxels, c, i + 3 * LANES, sums)
+    def four(x, e, p, voxels, c, i, gamma):  # type: ignore[no-untyped-def]
+        sums = add(x, e, p, voxels, c, i, gamma, none)
+        sums = add(x, e, p, voxels, c, i + LANES, gamma, sums)
+        sums = add(x, e, p, voxels, c, i + 2 * LANES, gamma, sums)
+        return add(x, e, p, voxels, c, i + 3 * LANES, gamma, sums)
 
     @pasted
     def wide(lanes):  # type: ignore[no-untyped-def]
@@ -178,7 +189,7 @@ def _make_class_sums(variant: Variant, real: Real) -> Any:
         return (even + (pairs[2] + pairs[6])) + (odd + (pairs[3] + pairs[7]))
 
     @pasted
-    def class_sums(x, e, p, voxels, c, tile, out):  # type: ignore[no-untyped-def]
+    def class_sums(x, e, p, voxels, c, tile, gamma, out):  # type: ignore[no-untyped-def]
         inner, missed, false_alarm = (
             stack_array(LANES, T), stack_array(LANES, T), stack_array(LANES, T),
         )  # fmt: skip
@@ -186,19 +197,20 @@ def _make_class_sums(variant: Variant, real: Real) -> Any:
             stack_array(LANES, T), stack_array(LANES, T), stack_array(LANES, T),
             stack_array(LANES, T),
         )  # fmt: skip
-        target, ce_sum, uniform_sum = (
+        target, ce_sum, uniform_sum, focal_sum = (
             stack_array(LANES, T), stack_array(LANES, T), stack_array(LANES, T),
+            stack_array(LANES, T),
         )  # fmt: skip
         hits, predicted, true = (
             stack_array(LANES, I), stack_array(LANES, I), stack_array(LANES, I),
         )  # fmt: skip
         for j in range(LANES):
             inner[j] = missed[j] = false_alarm[j] = target[j] = ce_sum[j] = uniform_sum[j] = zero
-            common[j] = short[j] = excess[j] = square[j] = zero
+            common[j] = short[j] = excess[j] = square[j] = focal_sum[j] = zero
             hits[j] = predicted[j] = true[j] = nothing
         for start in range(0, tile, UNIT):
             for j in range(LANES):  # vectorised: one lane each
-                sums = four(x, e, p, voxels, c, start + j)
+                sums = four(x, e, p, voxels, c, start + j, gamma)
                 target[j] += sums.target
                 if overlap:
                     inner[j] += sums.inner
@@ -214,6 +226,8 @@ def _make_class_sums(variant: Variant, real: Real) -> Any:
                     ce_sum[j] += sums.ce
                 if uniform:
                     uniform_sum[j] += sums.uniform
+                if focal:
+                    focal_sum[j] += sums.focal
                 if hard:
                     hits[j] = I(hits[j] + sums.hits)
                     predicted[j] = I(predicted[j] + sums.predicted)
@@ -238,6 +252,8 @@ def _make_class_sums(variant: Variant, real: Real) -> Any:
             out[at_ce] += wide(ce_sum)
         if uniform:
             out[at_uniform] += wide(uniform_sum)
+        if focal:
+            out[at_focal] += wide(focal_sum)
         if hard:
             both = wide(hits)
             out[at_hits] += both
@@ -254,13 +270,15 @@ def make_tile_statistics(variant: Variant, real: Real) -> Any:
     zero, one, nobody = T(0), T(1), I(NOBODY)
     families, indexed = variant.families, "indexed" in variant.targets
     hard = "hard" in families
-    logs = bool({"ce", "ce_uniform"} & families)
-    squared_or_l1 = bool(SLOPE_FAMILIES & families)
+    focal = "focal_ce" in families
+    logs = bool({"ce", "ce_uniform", "focal_ce"} & families)
+    inverted = focal or bool(BENT_FAMILIES & families)
     names = columns(families, counts=False)
     at_undefined = names.index("undefined") if hard else 0
     walk, class_sums = make_walk(variant, real, False), _make_class_sums(variant, real)
     largest_class, log1p = make_largest(real), make_log1p(real)
     _, exponential = make_exponential(real)
+    focal_of, natural_log = make_focal(real)[0], make_log(real)
 
     @function
     def tile_statistics(  # type: ignore[no-untyped-def]
@@ -272,6 +290,7 @@ def make_tile_statistics(variant: Variant, real: Real) -> Any:
         scaled, left = stack_array(LONGEST_TILE, T), stack_array(LONGEST_TILE, T)
         missed, inverse = stack_array(LONGEST_TILE, T), stack_array(LONGEST_TILE, T)
         nll, log = stack_array(LONGEST_TILE, T), stack_array(LONGEST_TILE, T)
+        of_focal, gamma = stack_array(LONGEST_TILE, T), T(job.gamma)
         top, ties = stack_array(LONGEST_TILE, T), stack_array(LONGEST_TILE, T)
         own, unused = stack_array(LONGEST_TILE, T), stack_array(LONGEST_TILE, T)
         group = stack_array(LONGEST_TILE, T)
@@ -284,10 +303,16 @@ def make_tile_statistics(variant: Variant, real: Real) -> Any:
         for i in range(tile):
             left[i] = fma(ties[i] - one, largest[i], left[i] + group[i])
             scaled[i] = weight[i] / (left[i] + largest[i])
-            if squared_or_l1:
+            if inverted:
                 inverse[i] = one / (left[i] + largest[i])
             e_own = exponential(own[i], own[i] == top[i], tops, i)
             missed[i] = (left[i] + (largest[i] - e_own)) * scaled[i]
+            if focal and indexed:
+                wrong = (left[i] + (largest[i] - e_own)) * inverse[i]
+                below = zero if own[i] == top[i] else top[i] - own[i]
+                own_nll = log1p(left[i] / largest[i]) + below
+                value = focal_of(wrong, e_own * inverse[i], own_nll, -natural_log(wrong), gamma)
+                of_focal[i] = weight[i] * value if weight[i] != zero else zero
         if logs:
             for i in range(tile):
                 below = zero if own[i] == top[i] else top[i] - own[i]
@@ -311,20 +336,20 @@ def make_tile_statistics(variant: Variant, real: Real) -> Any:
         counted = carray(pointer_to(voxels_address, VOXELS), 1)[0]
         words, flush_row = counted.words, counted.flush_row
         if job.tallied != 0:
-            if not squared_or_l1:
+            if not inverted:
                 for i in range(tile):
                     inverse[i] = one / (left[i] + largest[i])
             counted.inverse, counted.left = address_of(inverse), address_of(left)
             counted.largest, counted.keep = address_of(largest), address_of(keep)
             counted.target = address_of(true_class if job.curve != 0 else target)
-        voxels = Voxels(target, predicted, weight, scaled, inverse, left, missed, nll, log, top,
-                        largest)  # fmt: skip
+        voxels = Voxels(target, predicted, weight, scaled, inverse, left, missed, nll, log,
+                        of_focal, top, largest)  # fmt: skip
         for c in range(classes):
             sums = pointer_to(out + c * out_step, np.float64)
             x_row = pointer_to(x + c * x_step, T)
             p_row = pointer_to(p + c * tile * size, T)
             e_row = pointer_to(e + c * tile * size, T)
-            class_sums(x_row, e_row, p_row, voxels, I(c), tile, sums)
+            class_sums(x_row, e_row, p_row, voxels, I(c), tile, gamma, sums)
             if hard:
                 sums[at_undefined] += undefined
             if job.tallied != 0:

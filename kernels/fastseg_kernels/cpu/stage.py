@@ -28,8 +28,9 @@ from fastseg_kernels.cpu.operands import (
     voxel_address,
 )
 
-EXCLUDED_INPUT = {"sigmoid": -1000.0, "probs": 0.0}
-"""Prediction of a voxel that is left out: with target 0 its loss and gradient are exactly 0."""
+EXCLUDED_INPUT = {"sigmoid": -3e38, "probs": 0.0}
+"""Prediction of a voxel that is left out: with target 0 its loss and gradient are exactly 0. (With
+target 1 they are not: the flipped sums of `points` know it by this number.)"""
 
 MOST_TALLIES = 2
 TALLY = np.dtype(
@@ -67,6 +68,7 @@ JOB = np.dtype(
         ("positive_label", np.int64),
         ("positive_real", np.float64),
         ("threshold", np.float64),
+        ("gamma", np.float64),  # of the focal sums
         ("excluded_input", np.float64),
         ("load", np.int64),  # address of the load kernel; only called unless direct
         ("store", np.int64),  # address of the store kernel; only called unless in_place

@@ -2,9 +2,9 @@
 
 The order of every addition is fixed:
 
-1. a lane adds two times eight voxels in the computing type, and shares one logarithm among them
-   (a float32 sum of 64 drifts past 1e-6 over constant logits; two chains of eight round less than
-   one of sixteen),
+1. a lane adds sixteen voxels in the computing type, in pairs, fours and eights, and shares one
+   logarithm among them (one after the other, equal voxels drift: by 3 units in the last place over
+   eight, which a score's slope feels twice; and past 1e-6 over 64),
 2. `LANES` lanes are widened to float64 at the end of each tile, and added up over the block,
 3. then over the lanes in order.
 
@@ -22,7 +22,7 @@ from fastseg_kernels.constants import BASE_COLUMNS, columns
 from fastseg_kernels.cpu.compiled import function, inlined
 from fastseg_kernels.cpu.elementary import REALS
 from fastseg_kernels.cpu.intrinsics import stack_array, wide_vectors
-from fastseg_kernels.cpu.points import Variant, make_point, no_voxels, sums_needed
+from fastseg_kernels.cpu.points import Variant, bce_needed, make_point, sums_needed
 
 LANES = 16
 """One vector of float32 where vectors are widest."""
@@ -35,6 +35,7 @@ FILLED = frozenset(
         *BASE_COLUMNS, "true_positive_sum", "false_negative_sum", "false_positive_sum",
         "l1_true_positive_sum", "l1_false_negative_sum", "l1_false_positive_sum",
         "product_sum", "squared_error_sum", "bce_sum", "bce_pos_sum", "bce_neg_sum",
+        "bce_flipped_pos_sum", "bce_flipped_neg_sum", "focal_bce_pos_sum", "focal_bce_neg_sum",
         "hard_true_positives", "hard_false_positives", "hard_false_negatives", "undefined",
     }
 )  # fmt: skip
@@ -46,7 +47,7 @@ def make_tile_sums(variant: Variant) -> Any:
     real = REALS[variant.real]
     T, I = real.scalar, real.integer  # noqa: E741
     point = make_point(variant, real)
-    add, join, log_sum = point.add, point.join, point.log_sum
+    sums_of, join, log_sum = point.sums_of, point.join, point.log_sum
     binary, weighted = variant.targets == "binary", variant.targets == "weighted"
     counted = binary and variant.activation == "sigmoid"  # targets are added up as integers
     names = columns(variant.families, counts=False)
@@ -64,27 +65,31 @@ def make_tile_sums(variant: Variant) -> Any:
     )
     at_product, at_square = at["product_sum"], at["squared_error_sum"]
     overlap, l1, squared = sums_needed(variant.families, counted)
-    hard, split = at_hits >= 0, at_pos >= 0
-    bce = split or at_bce >= 0
+    at_flipped, at_focal = at["bce_flipped_pos_sum"], at["focal_bce_pos_sum"]
+    bce, split, flipped, focal = bce_needed(variant.families)
+    hard = at_hits >= 0
     zero, nothing = T(0), I(0)
-    none = no_voxels(real)
 
     @inlined
-    def at_voxel(x, p, w, i, threshold, sums):  # type: ignore[no-untyped-def]
-        return add(x[i], p[i], w[i] if weighted else zero, threshold, sums)
+    def at_voxel(x, p, w, i, settings):  # type: ignore[no-untyped-def]
+        return sums_of(x[i], p[i], w[i] if weighted else zero, settings)
 
     @inlined
-    def eight(x, p, w, i, threshold):  # type: ignore[no-untyped-def]
+    def two(x, p, w, i, settings):  # type: ignore[no-untyped-def]
+        return join(at_voxel(x, p, w, i, settings), at_voxel(x, p, w, i + LANES, settings))
+
+    @inlined
+    def four(x, p, w, i, settings):  # type: ignore[no-untyped-def]
+        return join(two(x, p, w, i, settings), two(x, p, w, i + 2 * LANES, settings))
+
+    @inlined
+    def sixteen(x, p, w, i, settings):  # type: ignore[no-untyped-def]
         """Return the sums of every LANES-th voxel from i on."""
         # Unrolled by hand: only then does LLVM vectorise over the lanes.
-        sums = at_voxel(x, p, w, i, threshold, none)
-        sums = at_voxel(x, p, w, i + LANES, threshold, sums)
-        sums = at_voxel(x, p, w, i + 2 * LANES, threshold, sums)
-        sums = at_voxel(x, p, w, i + 3 * LANES, threshold, sums)
-        sums = at_voxel(x, p, w, i + 4 * LANES, threshold, sums)
-        sums = at_voxel(x, p, w, i + 5 * LANES, threshold, sums)
-        sums = at_voxel(x, p, w, i + 6 * LANES, threshold, sums)
-        return at_voxel(x, p, w, i + 7 * LANES, threshold, sums)
+        sums = join(four(x, p, w, i, settings), four(x, p, w, i + 4 * LANES, settings))
+        i += HALF
+        more = join(four(x, p, w, i, settings), four(x, p, w, i + 4 * LANES, settings))
+        return join(sums, more)
 
     @inlined
     def count_tile(p, start, group, label_sums, label_bits):  # type: ignore[no-untyped-def]
@@ -99,10 +104,12 @@ def make_tile_sums(variant: Variant) -> Any:
             label_sums[j] = np.int32(label_sums[j] + np.int32(group[j]))
 
     @function
-    def tile_sums(x, p, w, tiles, threshold, out):  # type: ignore[no-untyped-def]
+    def tile_sums(x, p, w, tiles, settings, out):  # type: ignore[no-untyped-def]
         """Add ``tiles`` tiles to ``out``; return not 0 if something in them is invalid."""
         wide_vectors()
         group_pos, group_neg = stack_array(LANES, T), stack_array(LANES, T)
+        group_flipped_pos, group_flipped_neg = stack_array(LANES, T), stack_array(LANES, T)
+        group_focal_pos, group_focal_neg = stack_array(LANES, T), stack_array(LANES, T)
         group_inner, group_missed = stack_array(LANES, T), stack_array(LANES, T)
         group_false, group_target = stack_array(LANES, T), stack_array(LANES, T)
         group_common, group_short = stack_array(LANES, T), stack_array(LANES, T)
@@ -113,6 +120,10 @@ def make_tile_sums(variant: Variant) -> Any:
         group_label = stack_array(BYTES, np.uint8)
         label_sums, label_bits = stack_array(BYTES, np.int32), stack_array(BYTES, np.uint8)
         lane_pos, lane_neg = stack_array(LANES, np.float64), stack_array(LANES, np.float64)
+        lane_flipped_pos = stack_array(LANES, np.float64)
+        lane_flipped_neg = stack_array(LANES, np.float64)
+        lane_focal_pos = stack_array(LANES, np.float64)
+        lane_focal_neg = stack_array(LANES, np.float64)
         lane_inner, lane_missed = stack_array(LANES, np.float64), stack_array(LANES, np.float64)
         lane_false, lane_target = stack_array(LANES, np.float64), stack_array(LANES, np.float64)
         lane_common, lane_short = stack_array(LANES, np.float64), stack_array(LANES, np.float64)
@@ -124,6 +135,8 @@ def make_tile_sums(variant: Variant) -> Any:
         for j in range(LANES):
             lane_pos[j] = lane_neg[j] = lane_inner[j] = lane_missed[j] = 0.0
             lane_false[j] = lane_target[j] = 0.0
+            lane_flipped_pos[j] = lane_flipped_neg[j] = 0.0
+            lane_focal_pos[j] = lane_focal_neg[j] = 0.0
             lane_common[j] = lane_short[j] = lane_excess[j] = lane_square[j] = 0.0
             lane_hits[j] = lane_over[j] = lane_true[j] = lane_undefined[j] = 0
             all_bad[j] = nothing
@@ -131,11 +144,16 @@ def make_tile_sums(variant: Variant) -> Any:
             start = tile * TILE
             for j in range(LANES):  # vectorised: one lane each
                 i = start + j
-                sums = join(eight(x, p, w, i, threshold), eight(x, p, w, i + HALF, threshold))
+                sums = sixteen(x, p, w, i, settings)
                 if bce:
                     group_pos[j] = log_sum(sums.product_pos, sums.bce_pos)
                 if split:
                     group_neg[j] = log_sum(sums.product_neg, sums.bce_neg)
+                if flipped:
+                    group_flipped_pos[j] = log_sum(sums.product_pos, sums.flipped_pos)
+                    group_flipped_neg[j] = log_sum(sums.product_neg, sums.flipped_neg)
+                if focal:
+                    group_focal_pos[j], group_focal_neg[j] = sums.focal_pos, sums.focal_neg
                 if overlap:
                     group_inner[j], group_missed[j] = sums.inner, sums.missed
                     group_false[j] = sums.false_alarm
@@ -159,6 +177,12 @@ def make_tile_sums(variant: Variant) -> Any:
                     lane_pos[j] += np.float64(group_pos[j])
                 if split:
                     lane_neg[j] += np.float64(group_neg[j])
+                if flipped:
+                    lane_flipped_pos[j] += np.float64(group_flipped_pos[j])
+                    lane_flipped_neg[j] += np.float64(group_flipped_neg[j])
+                if focal:
+                    lane_focal_pos[j] += np.float64(group_focal_pos[j])
+                    lane_focal_neg[j] += np.float64(group_focal_neg[j])
                 if overlap:
                     lane_inner[j] += np.float64(group_inner[j])
                     lane_missed[j] += np.float64(group_missed[j])
@@ -185,11 +209,17 @@ def make_tile_sums(variant: Variant) -> Any:
         for j in range(LANES):
             bad = I(bad | all_bad[j])
             out[at_target] += lane_target[j]
-            if split:
+            if at_pos >= 0:
                 out[at_pos] += lane_pos[j]
                 out[at_neg] += lane_neg[j]
-            elif bce:
+            elif at_bce >= 0:
                 out[at_bce] += lane_pos[j]
+            if flipped:
+                out[at_flipped] += lane_flipped_pos[j]
+                out[at_flipped + 1] += lane_flipped_neg[j]
+            if focal:
+                out[at_focal] += lane_focal_pos[j]
+                out[at_focal + 1] += lane_focal_neg[j]
             if at_inner >= 0:
                 out[at_inner] += lane_inner[j]
                 out[at_missed] += lane_missed[j]

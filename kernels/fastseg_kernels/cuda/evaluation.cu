@@ -149,6 +149,12 @@ struct Work {
     row[0] += first;
     row[1] += second;
   }
+
+  // Unless it is NaN, as all coefficients are where a target is invalid.
+  __device__ void set_gamma(long long n, long long c, double gamma) const {
+    double* row = coefficients + (n * shape.classes + c) * shape.coefficients;
+    if (row[11] == row[11]) row[11] = gamma;
+  }
 };
 
 // Both return the reduced value; the value of each row is written to `values` for reduction "none".
@@ -316,7 +322,11 @@ __device__ double add_bce(const Work& w, const double* term, const double* weigh
                           double* values) {
   const int rule = int(term[TERM_NORMALIZE]);
   const bool all = rule == NORMALIZE_ALL;
-  const double pos_weight = term[TERM_POS_WEIGHT];
+  const bool focal = term[TERM_KIND] == KIND_FOCAL_BCE;
+  // Of smoothed labels: of the sums of each label, and of those with the other label.
+  const double half = 0.5 * term[TERM_SMOOTHING];
+  const double own_pos = (1.0 - half) * term[TERM_POS_WEIGHT], own_neg = (1.0 - half) * term[TERM_NEG_WEIGHT];
+  const double other_pos = half * term[TERM_NEG_WEIGHT], other_neg = half * term[TERM_POS_WEIGHT];
   const long long classes = w.shape.classes, rows = w.shape.samples * classes;
   const bool mean = w.shape.reduction == REDUCTION_MEAN;
   double row[SUM_NUMBER], voxels = 0.0, kept = 0.0, total = 0.0;
@@ -336,13 +346,20 @@ __device__ double add_bce(const Work& w, const double* term, const double* weigh
                                                : 1.0 / (mean  ? voxels
                                                       : all ? row[SUM_VOXELS]
                                                             : row[SUM_COUNT]);
-    double value = row[SUM_BCE_SUM] + row[SUM_BCE_NEG_SUM];
-    if (pos_weight != 0.0) value += pos_weight * row[SUM_BCE_POS_SUM];
+    const double pos = focal ? row[SUM_FOCAL_BCE_POS_SUM] : row[SUM_BCE_POS_SUM];
+    const double neg = focal ? row[SUM_FOCAL_BCE_NEG_SUM] : row[SUM_BCE_SUM] + row[SUM_BCE_NEG_SUM];
+    // 0 leaves its part out, infinite losses included
+    double value = own_pos != 0.0 ? own_pos * pos : 0.0;
+    if (own_neg != 0.0) value += own_neg * neg;
+    if (other_pos != 0.0) value += other_pos * row[SUM_BCE_FLIPPED_POS_SUM];
+    if (other_neg != 0.0) value += other_neg * row[SUM_BCE_FLIPPED_NEG_SUM];
     double factor = weights[c] * share;
     total += factor * value;
     if (w.shape.reduction == REDUCTION_NONE) values[g] += factor * value;
     factor *= term[TERM_WEIGHT] * w.scale.of(n, c);
-    w.add(n, c, 2, factor * pos_weight, factor);
+    w.add(n, c, focal ? 9 : 2, factor * own_pos, factor * own_neg);
+    w.add(n, c, 7, factor * other_pos, factor * other_neg);
+    if (focal) w.set_gamma(n, c, term[TERM_GAMMA]);
   }
   return sum_for_all(total, w.buffer);
 }
@@ -367,6 +384,7 @@ __device__ double add_ce(const Work& w, const double* term, const double* weight
   const bool summed = term[TERM_NORMALIZE] == NORMALIZE_SUM;
   const bool mean = w.shape.reduction == REDUCTION_MEAN;
   const double smoothing = term[TERM_SMOOTHING];
+  const bool focal = term[TERM_KIND] == KIND_FOCAL_CROSS_ENTROPY;
   const long long classes = w.shape.classes, rows = w.shape.samples * classes;
   double row[SUM_NUMBER], kept = 0.0, whole = 0.0, total = 0.0;
   bool present;
@@ -381,25 +399,27 @@ __device__ double add_ce(const Work& w, const double* term, const double* weight
   for (long long g = threadIdx.x; g < rows; g += THREADS) {
     const long long n = g / classes, c = g % classes;
     double divisor = ce_divisor(w, term, weights, n, present);
+    if (focal) w.set_gamma(n, c, term[TERM_GAMMA]);  // of the voxel, whatever its class
     if (!present || weights[c] != weights[c]) continue;
     if (mean) divisor = whole;
     const double share = summed ? (mean ? 1.0 / kept : 1.0) : divisor != 0.0 ? 1.0 / divisor : 0.0;
     w.collect(n, c, false, row);
     const double factor = weights[c] * share;
     const double own = factor * (1.0 - smoothing), all = factor * smoothing / double(classes);
-    double value = own != 0.0 ? own * row[SUM_CE_SUM] : 0.0;
+    double value = own != 0.0 ? own * row[focal ? SUM_FOCAL_CE_SUM : SUM_CE_SUM] : 0.0;
     if (all != 0.0) value += all * row[SUM_CE_UNIFORM_SUM];
     total += value;
     if (w.shape.reduction == REDUCTION_NONE) values[g] += value;
     const double scaled = term[TERM_WEIGHT] * w.scale.of(n, c);
-    w.add(n, c, 2, scaled * own, scaled * all);
+    w.add(n, c, focal ? 9 : 2, scaled * own, scaled * all);
   }
   return sum_for_all(total, w.buffer);
 }
 
 __device__ __forceinline__ bool known(double kind) {
   const bool of_sums = kind == KIND_BCE || kind == KIND_REGION || kind == KIND_CROSS_ENTROPY;
-  return of_sums || kind == KIND_LOVASZ;
+  const bool is_focal = kind == KIND_FOCAL_BCE || kind == KIND_FOCAL_CROSS_ENTROPY;
+  return of_sums || is_focal || kind == KIND_LOVASZ;
 }
 
 // table: by value, or in `more` if there are more than NUMBERS numbers. sums: (samples, classes,
@@ -437,8 +457,10 @@ evaluate(const __grid_constant__ Table table, const double* more, const double* 
     const double* weights = numbers + terms * TERM_FIELDS + k * classes;
     double* const results = by_term + k * values;
     double total = 0.0;
-    if (term[TERM_KIND] == KIND_BCE) total = add_bce(work, term, weights, results);
-    if (term[TERM_KIND] == KIND_CROSS_ENTROPY) total = add_ce(work, term, weights, results);
+    const double kind = term[TERM_KIND];
+    if (kind == KIND_BCE || kind == KIND_FOCAL_BCE) total = add_bce(work, term, weights, results);
+    if (kind == KIND_CROSS_ENTROPY || kind == KIND_FOCAL_CROSS_ENTROPY)
+      total = add_ce(work, term, weights, results);
     if (term[TERM_KIND] == KIND_REGION) total = add_region(work, term, weights, results);
     if (term[TERM_KIND] == KIND_LOVASZ) total = add_lovasz(work, term, weights, results, scan);
     sum += term[TERM_WEIGHT] * total;

@@ -8,6 +8,7 @@
 
 // By value; what of it is used, the families of a variant say.
 struct Counting {
+  double gamma;                       // of the focal sums
   const void* slopes;                 // (samples, classes, voxels) of a term that sorts
   unsigned long long* counts;         // (samples, classes, columns)
   long long columns;                  // of a row

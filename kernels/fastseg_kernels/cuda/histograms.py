@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastseg_kernels.constants import CURVES, HISTOGRAMS, OCTAVES, columns, histograms
+from fastseg_kernels.constants import CURVES, HISTOGRAMS, OCTAVES, columns, gamma_of, histograms
 from fastseg_kernels.cuda.runtime import Device
 
 COUNTING = np.dtype(
     [
+        ("gamma", np.float64),
         ("slopes", np.int64),
         ("counts", np.int64),
         ("columns", np.int64),
@@ -29,6 +30,7 @@ COUNTING = np.dtype(
 def counting(families: frozenset[str]) -> NDArray[Any]:
     """Return the record for families, without the address of the counts; it is shared."""
     record: Any = np.zeros(1, COUNTING)
+    record["gamma"] = gamma_of(families)
     for family in histograms(families):
         histogram = HISTOGRAMS[family]
         if family not in CURVES:

@@ -79,14 +79,16 @@ def shared_constants() -> str:
 
 def flags(families: frozenset[str]) -> str:
     """Return the C++ template argument that stands for families."""
-    names = {HISTOGRAM_FLAGS.get(family.split("_")[0], family.upper()) for family in families}
+    plain = constants.without_gamma(families)
+    names = {HISTOGRAM_FLAGS.get(family.split("_")[0], family.upper()) for family in plain}
     return " | ".join(sorted(names)) or "0"
 
 
 def slope_flags(families: frozenset[str]) -> str:
     """Return the template argument for those families whose gradient is code of its own."""
     own = {*constants.histograms(families)} - {*constants.CURVES}
-    return flags(frozenset(own | (families & (constants.SLOPE_FAMILIES | {"sorted"}))))
+    plain = constants.without_gamma(families)
+    return flags(frozenset(own | (plain & (constants.SLOPE_FAMILIES | {"sorted"}))))
 
 
 @cache

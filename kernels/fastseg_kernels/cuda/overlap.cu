@@ -34,7 +34,8 @@ template <typename V>
 struct Columns {
   static constexpr int inner = 4, l1 = inner + (V::overlap ? 3 : 0);
   static constexpr int squared = l1 + (V::l1 ? 3 : 0), bce = squared + (V::squared ? 2 : 0);
-  static constexpr int hard = bce + (V::split ? 2 : V::bce ? 1 : 0);
+  static constexpr int flipped = bce + (V::split ? 2 : V::bce ? 1 : 0);
+  static constexpr int focal = flipped + (V::flipped ? 2 : 0), hard = focal + (V::focal ? 2 : 0);
   static constexpr int number = hard + (V::hard ? 4 : 0);
 };
 
@@ -70,6 +71,14 @@ struct Totals {
     }
     if (V::bce) column[At::bce] += double(s.bce_pos + log_1p(s.product_pos));
     if (V::split) column[At::bce + 1] += double(s.bce_neg + log_1p(s.product_neg));
+    if (V::flipped) {
+      column[At::flipped] += double(s.flipped_pos + log_1p(s.product_pos));
+      column[At::flipped + 1] += double(s.flipped_neg + log_1p(s.product_neg));
+    }
+    if (V::focal) {
+      column[At::focal] += double(s.focal_pos);
+      column[At::focal + 1] += double(s.focal_neg);
+    }
     if (V::hard) {
       column[At::hard] += s.hits;
       column[At::hard + 1] += s.predicted - s.hits;
@@ -111,7 +120,8 @@ __device__ __forceinline__ unsigned bits_of(unsigned word, unsigned mask) {
 // Adds a group of voxels all of which are in the row, at addresses of vectors: all loads come before
 // the first use. Returns false, with nothing added, if a label of one byte is neither 0 nor 1.
 template <typename V, typename E, typename P, typename T = typename V::Real>
-__device__ __forceinline__ bool add_whole(Totals<V>& totals, const E* x, const P* p, T threshold) {
+__device__ __forceinline__ bool add_whole(Totals<V>& totals, const E* x, const P* p,
+                                          Settings<T> settings) {
   constexpr int VECTORS = GROUP / 4;
   Four<E> xs[VECTORS];
   Four<P> ps[VECTORS];
@@ -123,14 +133,14 @@ __device__ __forceinline__ bool add_whole(Totals<V>& totals, const E* x, const P
   Sums<T> s;
 #pragma unroll
   for (int k = 0; k < GROUP; ++k)
-    add<V>(s, plain_voxel<T>(xs[k / 4].element[k % 4], ps[k / 4].element[k % 4]), threshold);
+    add<V>(s, plain_voxel<T>(xs[k / 4].element[k % 4], ps[k / 4].element[k % 4]), settings);
   totals.widen(s, GROUP);
   return true;
 }
 
 template <typename V, typename E, typename T = typename V::Real>
 __device__ __forceinline__ bool add_whole(Totals<V>& totals, const E* x, const unsigned char* p,
-                                          T threshold) {
+                                          Settings<T> settings) {
   constexpr int VECTORS = GROUP / 4;
   constexpr unsigned NO_LABELS = 0xfefefefeu;  // bits that four labels of one byte do not have
   Four<E> xs[VECTORS];
@@ -147,8 +157,12 @@ __device__ __forceinline__ bool add_whole(Totals<V>& totals, const E* x, const u
   for (int k = 0; k < GROUP; ++k) {
     const T value = T(widened(xs[k / 4].element[k % 4]));
     const bool is_target = bits_of(ps[k / 4], 1u << k % 4 * 8) != 0;
-    if (V::probs) add<V>(s, Voxel<T>{value, T(is_target), T(1), false}, threshold);
-    else add_hard<V>(s, value, is_target, threshold), add_binary<V, sizeof(E) == 2>(s, value, is_target);
+    if (V::probs) {
+      add<V>(s, Voxel<T>{value, T(is_target), T(1), false}, settings);
+    } else {
+      add_hard<V>(s, value, is_target, settings.threshold);
+      add_binary<V, sizeof(E) == 2>(s, value, is_target, settings.gamma);
+    }
   }
   if (!V::probs) {
     // Whether any prediction is NaN, the sums tell; who counts has few of them.
@@ -176,7 +190,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(P) == 1 ? V::resident : 1)
 statistics_in_place(const __grid_constant__ Job job, double* __restrict__ sums,
                     const __grid_constant__ Counting counting) {
   typedef typename V::Real T;
-  const T threshold = T(job.threshold);
+  const Settings<T> settings = {T(job.threshold), T(counting.gamma)};
   for (unsigned number = blockIdx.x; number < job.tasks; number += gridDim.x) {
     const Run run(job, number);
     const E* x = reinterpret_cast<const E*>(run.row_of(job.logits));
@@ -194,14 +208,14 @@ statistics_in_place(const __grid_constant__ Job job, double* __restrict__ sums,
           count_voxel<V>(counting, counts, v.x, V::lovasz ? v.p != T(0) : v.p >= T(0.5));
         }
       }
-      if (aligned && start + THREADS * GROUP <= run.end && add_whole(totals, x + mine, p + mine, threshold))
+      if (aligned && start + THREADS * GROUP <= run.end && add_whole(totals, x + mine, p + mine, settings))
         continue;
       Sums<T> s;
       int voxels = 0;
       for (int k = 0; k < GROUP; ++k) {
         const long long i = mine + k / 4 * (4 * THREADS) + k % 4;
         if (i >= run.end) continue;
-        add<V>(s, plain_voxel<T>(x[i], p[i]), threshold);
+        add<V>(s, plain_voxel<T>(x[i], p[i]), settings);
         ++voxels;
       }
       totals.widen(s, voxels);
@@ -216,7 +230,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 statistics_anywhere(const __grid_constant__ Job job, double* __restrict__ sums,
                     const __grid_constant__ Counting counting) {
   typedef typename V::Real T;
-  const T threshold = T(job.threshold);
+  const Settings<T> settings = {T(job.threshold), T(counting.gamma)};
   for (unsigned number = blockIdx.x; number < job.tasks; number += gridDim.x) {
     const Run run(job, number);
     const Place row(job, run.n, run.c);
@@ -231,7 +245,7 @@ statistics_anywhere(const __grid_constant__ Job job, double* __restrict__ sums,
         const Voxel<T> v = read_voxel<V>(job, row.voxel(job, I(i)));
         ++voxels;
         if (v.left_out) continue;
-        add<V>(s, v, threshold);
+        add<V>(s, v, settings);
         if (V::curve || V::lovasz) {
           unsigned long long* counts = counting.counts + run.row * counting.columns;
           count_voxel<V>(counting, counts, v.x, V::lovasz ? v.p != T(0) : v.p >= T(0.5));

@@ -20,11 +20,12 @@ struct Softmax {
   static constexpr bool labels = FAMILIES & LABELS, sorted = FAMILIES & SORTED;
   static constexpr bool bends = squared || lovasz || sorted || (l1 && !INDEXED);  // dL/dq depends on q
   static constexpr bool ce = FAMILIES & CE, uniform = FAMILIES & CE_UNIFORM;
-  static constexpr bool logs = ce || uniform;
+  static constexpr bool focal = FAMILIES & FOCAL_CE, logs = ce || uniform || focal;
   // Columns of the statistics, in the order of constants.columns.
   static constexpr int at_inner = 4, at_l1 = at_inner + (overlap ? 3 : 0);
   static constexpr int at_squared = at_l1 + (l1 ? 3 : 0), at_ce = at_squared + (squared ? 2 : 0);
-  static constexpr int at_uniform = at_ce + ce, at_hard = at_uniform + uniform;
+  static constexpr int at_uniform = at_ce + ce, at_focal = at_uniform + uniform;
+  static constexpr int at_hard = at_focal + focal;
   static constexpr int columns = at_hard + (hard ? 4 : 0);
 };
 
@@ -159,7 +160,7 @@ __device__ __forceinline__ bool judge(const Job& job, const Held<T>& v, int& pre
 template <typename T>
 struct ClassSums {
   T inner = 0, missed = 0, false_alarm = 0, target = 0, ce = 0, uniform = 0;
-  T common = 0, short_by = 0, excess = 0, square = 0;
+  T common = 0, short_by = 0, excess = 0, square = 0, focal = 0;
   int hits = 0, predicted = 0, truly = 0, invalid = 0;
 };
 
@@ -232,7 +233,8 @@ statistics_softmax(const __grid_constant__ Job job, double* __restrict__ sums,
           }
         }
       }
-      T missed[HELD], nll[HELD], logs[HELD];
+      T missed[HELD], nll[HELD], logs[HELD], focal[HELD];
+      const T gamma = T(counting.gamma);
 #pragma unroll
       for (int k = 0; k < HELD; ++k) {
         v[k].left = fused(ties[k] - T(1), v[k].largest, rest[k] + group[k]);
@@ -242,6 +244,11 @@ statistics_softmax(const __grid_constant__ Job job, double* __restrict__ sums,
           const T below = own[k] == v[k].top ? T(0) : v[k].top - own[k];
           logs[k] = v[k].weight * log_1p(v[k].left / v[k].largest);
           nll[k] = logs[k] + (v[k].used ? v[k].weight * below : T(0));
+          if (V::focal && V::indexed) {
+            const T wrong = (v[k].left + (v[k].largest - exponential(v[k], own[k]))) / (v[k].left + v[k].largest);
+            const T its = log_1p(v[k].left / v[k].largest) + below;
+            focal[k] = v[k].used ? v[k].weight * focal_loss(wrong, its, -natural_log(wrong), gamma) : T(0);
+          }
         }
       }
       voxels = warp_sum(voxels);
@@ -267,6 +274,7 @@ statistics_softmax(const __grid_constant__ Job job, double* __restrict__ sums,
               s.square += v[k].weight * (wrong * wrong);
             }
             if (V::ce) s.ce += is_target ? nll[k] : T(0);
+            if (V::focal) s.focal += is_target ? focal[k] : T(0);
           } else {
             const T p = share_of<V>(job, v[k], c);
             const bool valid = V::labels ? p == T(0) || p == T(1) : p >= T(0) && p <= T(1);
@@ -280,6 +288,11 @@ statistics_softmax(const __grid_constant__ Job job, double* __restrict__ sums,
               add_bent<V>(s, p, e / sum, (p * right - (T(1) - p) * e) / sum, v[k].weight);
             }
             if (V::ce) s.ce += p != T(0) ? p * its_nll : T(0);
+            if (V::focal && p != T(0) && v[k].used) {
+              const T wrong = (v[k].left + (v[k].largest - e)) / (v[k].left + v[k].largest);
+              const T nll = its_nll / v[k].weight;
+              s.focal += p * (v[k].weight * focal_loss(wrong, nll, -natural_log(wrong), gamma));
+            }
           }
           if ((V::curve || V::lovasz) && v[k].kept) {
             const T sum = v[k].left + v[k].largest;
@@ -332,6 +345,10 @@ statistics_softmax(const __grid_constant__ Job job, double* __restrict__ sums,
           const T uniform = warp_sum(s.uniform);
           if (lane == V::at_uniform) column = double(uniform);
         }
+        if (V::focal) {
+          const T of_focal = warp_sum(s.focal);
+          if (lane == V::at_focal) column = double(of_focal);
+        }
         if (V::hard) {
           const int hits = warp_sum(s.hits), over = warp_sum(s.predicted), truly = warp_sum(s.truly);
           if (lane == V::at_hard) column = hits;
@@ -348,8 +365,17 @@ statistics_softmax(const __grid_constant__ Job job, double* __restrict__ sums,
 // The coefficients of a sample's classes, and the sum of b over the other classes.
 template <typename T>
 struct Pulls {
-  T on, off, own, all, others, below, above, square;
+  T on, off, own, all, others, below, above, square, focal;
 };
+
+// u_c, by which a focal loss outweighs a cross-entropy; 0 where no other class is.
+template <typename T>
+__device__ __forceinline__ T steepness(const Held<T>& v, T x, T e, T gamma) {
+  const T wrong = (v.left + (v.largest - e)) * v.scaled;
+  if (wrong == T(0)) return T(0);
+  const T nll = log_1p(v.left / v.largest) + (x == v.top ? T(0) : v.top - x);
+  return focal_slope(wrong, e * v.scaled, nll, -natural_log(wrong), gamma) / wrong;
+}
 
 // h_c = dL/dq_c; q and rest = 1 - q are used where it depends on them.
 template <typename V, typename T>
@@ -390,12 +416,13 @@ gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coe
       for (long long c = threadIdx.x; c < job.classes; c += THREADS) {
         const double* k = exact + c * width;
         const double on = V::folded ? k[0] + k[4] : k[0], off = V::folded ? k[1] + k[5] : k[1];
-        pulls[c] = {T(on), T(off), T(k[2]), T(k[3]), T(of_all - k[3]), T(k[4]), T(k[5]), T(k[6])};
+        pulls[c] = {T(on), T(off), T(k[2]), T(k[3]), T(of_all - k[3]), T(k[4]), T(k[5]), T(k[6]), T(k[9])};
       }
       __syncthreads();
       of_sample = n;
     }
     const Place sample(job, n, 0);
+    const T gamma = T(exact[11]);
     const auto table_of = [&](long long c) { return exact + c * width + COEFFICIENTS; };
     for (long long i = first + threadIdx.x; i < end; i += THREADS) {
       Held<T> v;
@@ -404,15 +431,21 @@ gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coe
         if (!V::sorted) return T(0);
         return static_cast<const T*>(counting.slopes)[(n * job.classes + c) * job.voxels + i];
       };
+      // T_c, once q_c is known if it depends on it.
+      const auto weigh = [&](long long c, T x, T e, T p) {
+        T own = pulls[c].own;
+        if (V::focal && p != T(0)) own += pulls[c].focal * steepness(v, x, e, gamma);
+        return own * p;
+      };
       int top_class = 0;
-      T strongest = T(0);  // of the a_c p_c of soft targets
+      T strongest = T(0);  // of the T_c of soft targets
       for (long long c = 0; c < job.classes; ++c) {
         const T x = logit_of<V, E>(job, v, c);
         if (c == 0 || x > v.top) {
           v.top = x;
           top_class = int(c);
         }
-        if (!V::indexed) {
+        if (!V::indexed && !V::focal) {
           const T pull = pulls[c].own * share_of<V>(job, v, c);
           strongest = pull > strongest ? pull : strongest;
         }
@@ -430,7 +463,7 @@ gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coe
           ties += is_top ? T(1) : T(0);
           const T p = V::indexed ? T(v.target == c) : share_of<V>(job, v, c);
           if (!V::bends) of_mean = fused(e, slope_of<V>(pulls[c], table_of(c), counting, given(c), p, T(0), T(0)) - h_top, of_mean);
-          if (!V::indexed) {
+          if (!V::indexed && !V::focal) {
             const T its = pulls[c].own * p;
             of_pull += its == strongest ? T(0) : its;
             equal += its == strongest ? T(1) : T(0);
@@ -440,9 +473,26 @@ gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coe
         mean += of_mean;
         pull += of_pull;
       }
-      if (V::indexed) strongest = v.target == NOBODY ? T(0) : pulls[v.target].own;
       v.left = fused(ties - T(1), v.largest, rest);
       v.scaled = T(1) / (v.left + v.largest);
+      if (V::indexed && v.target != NOBODY) {
+        const T x = logit_of<V, E>(job, v, v.target);
+        strongest = weigh(v.target, x, exponential(v, x), T(1));
+      } else if (!V::indexed && V::focal) {  // two more walks
+        for (long long c = 0; c < job.classes; ++c) {
+          const T x = logit_of<V, E>(job, v, c), its = weigh(c, x, exponential(v, x), share_of<V>(job, v, c));
+          strongest = its > strongest ? its : strongest;
+        }
+        for (long long begin = 0; begin < job.classes; begin += CLASSES_AT_ONCE) {
+          T of_pull = T(0);
+          for (long long c = begin; c < begin + CLASSES_AT_ONCE && c < job.classes; ++c) {
+            const T x = logit_of<V, E>(job, v, c), its = weigh(c, x, exponential(v, x), share_of<V>(job, v, c));
+            of_pull += its == strongest ? T(0) : its;
+            equal += its == strongest ? T(1) : T(0);
+          }
+          pull += of_pull;
+        }
+      }
       if (V::bends) {  // another walk, with q known
         h_top = slope_of<V>(pulls[top_class], table_of(top_class), counting, given(top_class), share_of_top, v.largest * v.scaled, v.left * v.scaled);
         for (long long begin = 0; begin < job.classes; begin += CLASSES_AT_ONCE) {
@@ -462,7 +512,7 @@ gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coe
         const T p = V::indexed ? T(v.target == c) : share_of<V>(job, v, c);
         const T wrong = (v.left + (v.largest - e)) * v.scaled;
         const T h = slope_of<V>(pulls[c], table_of(c), counting, given(c), p, q, wrong);
-        T here = pulls[c].own * p, there;
+        T here = V::indexed ? (v.target == c ? strongest : T(0)) : weigh(c, x, e, p), there;
         if (V::indexed) there = v.target == c ? T(0) : strongest;
         else if (here == strongest) there = pull + (equal - T(1)) * strongest;
         else there = (pull + equal * strongest) - here;

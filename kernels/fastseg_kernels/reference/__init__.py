@@ -12,6 +12,10 @@ from .cross_entropy import (
     bce_per_image,
     bce_with_logits,
     bce_with_logits_gradient,
+    focal_bce,
+    focal_bce_gradient,
+    focal_bce_with_logits,
+    focal_bce_with_logits_gradient,
 )
 from .curves import jaccard_curve
 from .hard import confusion_counts, hard_dice_score, hard_jaccard_index
@@ -31,6 +35,8 @@ from .lovasz import (
 )
 from .multiclass import (
     cross_entropy_gradient,
+    focal_nll,
+    focal_steepness,
     one_hot,
     softmax,
     softmax_gradient,
@@ -61,6 +67,12 @@ __all__ = [
     "confusion_counts",
     "cross_entropy_gradient",
     "error_sums",
+    "focal_bce",
+    "focal_bce_gradient",
+    "focal_bce_with_logits",
+    "focal_bce_with_logits_gradient",
+    "focal_nll",
+    "focal_steepness",
     "gradient_descent",
     "gradient_wrt_logits",
     "group_weight_bounds",

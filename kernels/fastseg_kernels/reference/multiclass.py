@@ -89,6 +89,52 @@ def softmax_gradient(dprobs: ArrayLike, logits: ArrayLike) -> NDArray[np.float64
     return grad
 
 
+def focal_nll(logits: ArrayLike, gamma: float = 2.0) -> NDArray[np.float64]:
+    r"""Return the focal loss of every class of a voxel, if it were the target.
+
+    .. math:: (1 - q_c)^\gamma (-\log q_c)
+
+    Examples
+    --------
+    >>> focal_nll([[[0.0], [0.0]]])[0, :, 0].round(6).tolist()
+    [0.173287, 0.173287]
+    """
+    rest, nll = _rest(logits), softmax_nll(logits)
+    result: NDArray[np.float64] = np.where(rest == 0, 0.0, np.power(rest, gamma) * nll)
+    return result
+
+
+def focal_steepness(logits: ArrayLike, gamma: float = 2.0) -> NDArray[np.float64]:
+    r"""Return what the cross-entropy of a class is weighted by in the gradient of its focal loss.
+
+    With L(q) = (1 - q)^\gamma (-\log q) that is -q L'(q), as 1 = -q d(-\log q)/dq:
+
+    .. math:: (1 - q_c)^{\gamma - 1} (\gamma q_c (-\log q_c) + 1 - q_c)
+
+    and the gradient is `cross_entropy_gradient` of the targets times it. It is 0 where 1 - q_c is.
+
+    Examples
+    --------
+    >>> focal_steepness([[[0.0], [0.0]]], gamma=0.0)[0, :, 0].tolist()
+    [1.0, 1.0]
+    """
+    rest, nll, q = _rest(logits), softmax_nll(logits), softmax(logits)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        moved = gamma * np.where(q == 0, 0.0, q * nll)
+        value = np.power(rest, gamma - 1) * (moved + rest)
+    result: NDArray[np.float64] = np.where(rest == 0, 0.0, value)
+    return result
+
+
+def _rest(logits: ArrayLike) -> NDArray[np.float64]:
+    """Return 1 - q of every class, as the sum of the others."""
+    q = softmax(logits)
+    rest: NDArray[np.float64] = np.stack(
+        [np.delete(q, c, axis=1).sum(axis=1) for c in range(q.shape[1])], axis=1
+    )
+    return rest
+
+
 def cross_entropy_gradient(logits: ArrayLike, targets: ArrayLike) -> NDArray[np.float64]:
     r"""Return the gradient of every voxel's cross-entropy, (N, C, \*spatial).
 
@@ -106,6 +152,5 @@ def cross_entropy_gradient(logits: ArrayLike, targets: ArrayLike) -> NDArray[np.
     """
     T, q = np.asarray(targets, dtype=np.float64), softmax(logits)
     others = np.stack([np.delete(T, c, axis=1).sum(axis=1) for c in range(T.shape[1])], axis=1)
-    rest = np.stack([np.delete(q, c, axis=1).sum(axis=1) for c in range(T.shape[1])], axis=1)
-    grad: NDArray[np.float64] = q * others - T * rest
+    grad: NDArray[np.float64] = q * others - T * _rest(logits)
     return grad
