@@ -86,7 +86,8 @@ SMALLEST = {"float32": 2.0**-149, "float64": 2.0**-1074, "float16": 2.0**-24, "b
 def focal_ulp(loss: fs.Loss, dtype: Any) -> float:
     """Return how many units more a focal term may err: w^gamma has gamma times the error of w.
 
-    An exponential and a quotient make that of w, 2 units; 1.1 were reached. Rounded to half precision none of it is left.
+    An exponential and a quotient make that of w, 2 units; 1.1 were reached. Rounded to half
+    precision none of it is left.
     """
     gammas = [t.gamma for _, t in loss.parts if isinstance(t, fs.FocalBCE | fs.FocalCrossEntropy)]
     return 2.0 * max(gammas, default=0.0) if name_of(dtype) in ("float32", "float64") else 0.0

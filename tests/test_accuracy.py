@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 import fastseg as fs
+import oracle
+from cases import ulp_error
 from fastseg_kernels import reference as ref
 
 LOSS = fs.BCE() + fs.SoftJaccard()
@@ -40,6 +42,25 @@ def test_a_confident_network_keeps_its_digits(size, dtype):
 def test_constant_logits_do_not_drift(value):
     targets = np.random.default_rng(0).random((1, 1, 1 << 20)) < 0.3
     check(np.full(targets.shape, value, np.float32), targets, 5e-7)
+
+
+def check_gradient_of_constant_logits(share: float, bound: float) -> None:
+    """Every voxel repeats one rounding, in the sums too, which the slope of a score feels twice."""
+    targets = np.zeros((1, 1, 5000), np.uint8)
+    targets[..., : int(share * 5000)] = 1
+    losses = [fs.SoftJaccard(smooth_num=1.0, smooth_den=1.0), fs.SoftDice(smooth_den=1e-5)]
+    for value in np.linspace(-8.0, 8.0, 65):
+        logits = np.full(targets.shape, value, np.float32)
+        for loss in losses:
+            expected = oracle.evaluate(loss, logits, targets)[1]
+            grad = loss.value_and_grad(logits, targets)[1]
+            error, _ = ulp_error(grad, expected, expected, np.float32)
+            assert error <= bound, (value, loss)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_gradient_of_constant_logits_is_within_4_ulp(share):
+    check_gradient_of_constant_logits(share, 4.0)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "constant", "confident"])

@@ -363,7 +363,7 @@ def spread(z: np.ndarray) -> np.ndarray:
 QUANTITIES = {
     "q (1 - q)": (spread, 2.41),
     "gradient of BCE": (logistic, 2.01),
-    "mass": (logistic, 2.79),
+    "mass": (logistic, 2.01),
     "BCE": (softplus, 3.67),
 }
 

@@ -319,13 +319,18 @@ def test_smp_tversky_gamma_is_of_one_class(gamma):
 # mean over all voxels, or the sum.
 
 
-def smp_bce(ignore_index: int | None = -100, reduction: str = "mean", **weights: Any) -> Peer:
+def smp_bce(
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    smooth_factor: float = 0.0,
+    **weights: Any,
+) -> Peer:
+    s = float(smooth_factor)
     weights = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in weights.items()}
 
     def peer(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        each = functional.binary_cross_entropy_with_logits(
-            x, y.double(), reduction="none", **weights
-        )
+        p = (1 - y.double()) * s + y.double() * (1 - s)
+        each = functional.binary_cross_entropy_with_logits(x, p, reduction="none", **weights)
         each = each * kept(y, ignore_index)
         return each.mean() if reduction == "mean" else each.sum()
 
@@ -342,6 +347,8 @@ BY_CLASS = np.array([0.5, 2.0, 3.0]).reshape(3, 1, 1)
     [
         {},
         {"weight": 2.0},
+        {"smooth_factor": 0.1},
+        {"smooth_factor": 0.3, "pos_weight": [3.0]},
         {"pos_weight": [3.0]},
         {"weight": BY_CLASS},
         {"pos_weight": BY_CLASS[None]},
@@ -355,6 +362,26 @@ def test_smp_soft_bce_equals_peer(options, ignore, reduction):
     loss = presets.smp_soft_bce(ignore_index=ignore, reduction=reduction, **options)
     copies = {name: np.array(presets.arguments.plain(v)) for name, v in options.items()}
     check(loss, logits_of(shape), regions_of(shape, ignore), smp_bce(ignore, reduction, **copies))
+
+
+# MONAI's focal losses are terms here, not presets: alpha and gamma are theirs, and the mean of the
+# softmax's is over classes, too.
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0, 3.7])
+@pytest.mark.parametrize("alpha", [None, 0.25])
+def test_focal_bce_is_monais(monai, gamma, alpha):
+    shape = (2, 3, 7, 11)
+    peer = monai.FocalLoss(gamma=gamma, alpha=alpha)
+    check(fs.FocalBCE(gamma=gamma, alpha=alpha), logits_of(shape), regions_of(shape), peer)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0, 3.7])
+def test_focal_cross_entropy_is_monais(monai, gamma):
+    shape = (2, 3, 7, 11)
+    peer = monai.FocalLoss(gamma=gamma, use_softmax=True, to_onehot_y=True)
+    loss = fs.FocalCrossEntropy(gamma=gamma) * (1 / shape[1])
+    check(loss, logits_of(shape), indices_of(shape), peer)
 
 
 # nnunetv2 2.8.1. training/loss/dice.py, MemoryEfficientSoftDiceLoss: minus the mean over rows of
@@ -508,7 +535,7 @@ REFUSED: list[tuple[Callable[..., fs.Loss], tuple[Any, ...], dict[str, Any], str
     (presets.smp_jaccard, ("multiclass",), {"smooth": -1.0}, "smooth must be .* got -1.0"),
     (presets.smp_tversky, ("multiclass",), {"gamma": 2.0}, "gamma must be 1 .* got 2.0"),
     (presets.smp_tversky, ("binary",), {"gamma": 2.0, "log_loss": True}, "gamma must be 1"),
-    (presets.smp_soft_bce, (), {"smooth_factor": 0.1}, "smooth_factor must be None or 0, got 0.1"),
+    (presets.smp_soft_bce, (), {"smooth_factor": 0.6}, "smooth_factor must be None or in"),
     (presets.smp_soft_bce, (), {"reduction": "none"}, "reduction must be one of 'mean', 'sum'"),
     (presets.smp_soft_bce, (), {"weight": np.ones(3)}, r"weight must .* got shape \(3,\)"),
     (presets.smp_soft_bce, (), {"pos_weight": np.ones((2, 5))}, "weight_map="),

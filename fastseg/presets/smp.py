@@ -236,8 +236,7 @@ def smp_soft_bce(
         "mean": over all voxels, ignored ones included, as the peer has it (for a mean over those
         that count take `fastseg.BCE`); or "sum". "none" is refused: no volume of losses is made.
     smooth_factor
-        Must be None or 0: smooth the targets instead, p (1 - 2 s) + s. (An ignored label is a mask
-        then.)
+        s: p (1 - 2 s) + s are the targets, at most 0.5.
 
     References
     ----------
@@ -253,16 +252,15 @@ def smp_soft_bce(
     0.34657
     """
     choice("reduction", reduction, ("mean", "sum"))
-    if smooth_factor not in (None, 0):
-        raise ValueError(
-            f"smooth_factor must be None or 0, got {smooth_factor!r}; smooth the targets: "
-            "targets * (1 - 2 * s) + s, with mask= for ignored voxels"
-        )
+    smoothing = 0.0 if smooth_factor is None else smooth_factor
+    if not 0 <= smoothing <= 0.5:
+        raise ValueError(f"smooth_factor must be None or in [0, 0.5], got {smooth_factor!r}")
     factors = 1.0 if weight is None else numbers_by_class("weight", weight)
     pos = 1.0 if pos_weight is None else numbers_by_class("pos_weight", pos_weight)
     options: dict[str, Any] = {
         "normalize": "all" if reduction == "mean" else None,
         "class_weights": factors if isinstance(factors, tuple) else None,
+        "label_smoothing": 2 * smoothing,
     }
     loss: Loss
     if isinstance(pos, tuple):
