@@ -181,7 +181,8 @@ GROUPS = {
     "softmax statistics": Group("softmax.cu", softmax("statistics", "float"), 248),
     "softmax statistics, double": Group("softmax.cu", softmax("statistics", "double"), 224),
     "softmax gradient": Group("softmax.cu", softmax("gradient", "float"), 128),
-    "softmax gradient, double": Group("softmax.cu", softmax("gradient", "double"), 128),
+    # 120 without the focal loss
+    "softmax gradient, double": Group("softmax.cu", softmax("gradient", "double"), 184),
     "sigmoid in place": Group("logistic.cu", sigmoids(), 40),
     "sigmoid anywhere": Group(
         "logistic.cu",

@@ -395,7 +395,7 @@ __device__ __forceinline__ T slope_of(const Pulls<T>& k, const double* table,
 // grid: at most the tasks; block: THREADS. coefficients: (samples, classes, COEFFICIENTS). The output may be the
 // logits: a thread reads all of a voxel's before it writes one.
 template <typename V, typename E, typename P, typename I>
-__global__ void __launch_bounds__(THREADS, 2)
+__global__ void __launch_bounds__(THREADS, sizeof(typename V::Real) == 8 && V::focal ? 1 : 2)
 gradient_softmax(const __grid_constant__ Job job, const double* __restrict__ coefficients,
                  const __grid_constant__ Counting counting) {
   typedef typename V::Real T;
