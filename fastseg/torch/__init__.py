@@ -1,0 +1,13 @@
+"""Losses for PyTorch's autograd and torch.compile. Importing this module imports torch.
+
+>>> import torch, fastseg as fs, fastseg.torch
+>>> criterion = fastseg.torch.Loss(fs.BCE() + fs.SoftJaccard())
+>>> logits = torch.zeros(1, 1, 4, 4, requires_grad=True)
+>>> criterion(logits, torch.ones(1, 1, 4, 4)).backward()
+>>> tuple(logits.grad.shape)
+(1, 1, 4, 4)
+"""
+
+from fastseg.torch.modules import DeepSupervision, Loss, compute_loss
+
+__all__ = ["DeepSupervision", "Loss", "compute_loss"]
