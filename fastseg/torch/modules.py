@@ -9,7 +9,7 @@ import torch
 
 from fastseg.losses import Loss as _Loss
 from fastseg.statistics import Statistics
-from fastseg.torch import ops
+from fastseg.torch import distributed, ops
 
 
 def _plain(name: str, tensor: Any) -> Any:
@@ -42,16 +42,37 @@ class Loss(torch.nn.Module):
         Let backward write the gradient over the logits, and so need no memory. They must be the
         output of an operation that does not need them for its own backward (as a convolution);
         where one does, autograd raises an error. Compiled graphs make a new array all the same.
+    process_group
+        Combine the sums of the processes of this group (True: the default one) before the value is
+        taken: the loss, and its gradients, are then those of one process that has all of the batch,
+        whatever the processes' shares are. Every process must call the module as often.
+    split
+        What a process has: "samples" of its own, or "voxels" of the samples that all have.
+    ddp_average
+        Whether gradients are averaged over the processes afterwards, as DistributedDataParallel
+        does: each is then multiplied by the number of processes. False where they are added up.
+    equal_samples
+        Promise that every process has as many samples in each call. Otherwise their numbers are
+        exchanged first, for which a GPU is waited for.
 
     Attributes
     ----------
     last_statistics
         `fastseg.Statistics` of the last forward pass: with ``track=("hard",)`` its
-        ``.jaccard_index()`` reads no voxel again. On a GPU, asking waits for that pass.
+        ``.jaccard_index()`` reads no voxel again. On a GPU, asking waits for that pass. Of all
+        processes, where they are combined.
     """
 
     def __init__(
-        self, loss: _Loss, *, track: Sequence[str] = (), overwrite_logits: bool = False
+        self,
+        loss: _Loss,
+        *,
+        track: Sequence[str] = (),
+        overwrite_logits: bool = False,
+        process_group: Any = None,
+        split: distributed.Split = "samples",
+        ddp_average: bool = True,
+        equal_samples: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(loss, _Loss):
@@ -64,6 +85,18 @@ class Loss(torch.nn.Module):
         self._sorts, self.overwrite_logits = bool(loss._sorting), bool(overwrite_logits)
         if self._sorts and self.overwrite_logits:
             raise ValueError("overwrite_logits has no meaning for a loss that sorts")
+        self.process_group, self.split = process_group, split
+        self.ddp_average, self.equal_samples = bool(ddp_average), bool(equal_samples)
+        if process_group is not None:
+            distributed.check(process_group, split)
+            loss._require_sums("process_group")
+            if loss.options.reduction == "none":
+                raise ValueError('process_group needs reduction "mean" or "sum", got "none"')
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A process group is of this process: a copy elsewhere has the default one.
+        group = self.process_group
+        return {**self.__dict__, "process_group": None if group is None else True}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -92,12 +125,26 @@ class Loss(torch.nn.Module):
         arrays = _checked(logits, targets, mask, weight_map)
         if self.overwrite_logits and logits.is_leaf and logits.requires_grad:
             raise ValueError("overwrite_logits needs logits that are computed, got a leaf")
-        value, sums = _evaluate(arrays, self._name, self._track, self._sorts, self.overwrite_logits)
+        value, sums = self._evaluate(arrays)
         if torch.compiler.is_compiling():
             self._last = sums
         else:  # now, while the stream is known that writes them
             self._last = ops.statistics_of(sums, self._name, self._track)
         return value
+
+    def _evaluate(self, arrays: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the value and the sums, of all processes."""
+        named = self._name, self._track
+        if self.process_group is None:
+            return _evaluate(arrays, *named, self._sorts, self.overwrite_logits)
+        sums, first, ranks = distributed.combine(
+            ops.statistics(arrays[0].detach(), *arrays[1:], *named),
+            self.process_group,
+            self.split,
+            self.equal_samples,
+        )
+        factor = float(ranks) if self.ddp_average else 1.0
+        return ops.value(*arrays, sums, *named, first, factor, self.overwrite_logits), sums
 
     def extra_repr(self) -> str:
         """Show the formula."""
