@@ -32,6 +32,13 @@ if TYPE_CHECKING:
     from fastseg.lovasz import LovaszTerm
     from fastseg.terms import Term
 
+_OF_CLASSES, _OF_LABELS = frozenset({"ce", "ce_uniform"}), frozenset({"bce", "bce_split"})
+NOT_SUMMED = {
+    "sigmoid": _OF_CLASSES,
+    "probs": _OF_CLASSES | {"bce_flipped"},
+    "softmax": _OF_LABELS | {"bce_flipped"},
+}
+"""Families of sums that no kernel of an activation adds up."""
 _INVALID = BASE_COLUMNS.index("invalid")
 _COUNT = BASE_COLUMNS.index("count")
 _FIELDS = ("_parts", "_options")  # of WeightedSum; what else is private is remembered results
@@ -152,6 +159,12 @@ class Loss:
         allowed = (*(name for name in summed if name not in FOCAL), "curve")
         if isinstance(track, str) or not {*track} <= {*allowed, *HISTOGRAMS} - {*CURVES}:
             raise ValueError(f"track must be a tuple of {', '.join(allowed)}, got {track!r}")
+        strange = {*track} & NOT_SUMMED[self.activation]
+        if strange:
+            raise ValueError(
+                f"track names sums that there are not with {self.activation}, "
+                f"{', '.join(sorted(strange))}"
+            )
         wanted.update(track)
         if "curve" in wanted:
             wanted.remove("curve")

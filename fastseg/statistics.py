@@ -89,6 +89,7 @@ class Statistics:
         known = {*BASE_COLUMNS, *(n for family in families for n in family_columns(family))}
         if array.ndim != 3 or array.shape[2] != len(names):
             raise ValueError(f"array must have shape (N, C, {len(names)}), got {array.shape}")
+        _check_gammas(families)
         if not known.issuperset(names):
             unknown = sorted(set(names) - known)
             raise ValueError(f"names must be those of columns, got {', '.join(unknown)}")
@@ -328,6 +329,23 @@ def _family_of(name: str) -> str | None:
         if family not in FOCAL and name in members:
             return family
     return next((family for family in HISTOGRAMS if name.startswith(f"{family}_")), None)
+
+
+def _check_gammas(families: Iterable[str]) -> None:
+    """Refuse sums of two gammas, of which a loss would find one or the other."""
+    gammas = sorted(f for f in families if f.rpartition("_")[0] in FOCAL)
+    for family in gammas:
+        gamma = family.rpartition("_")[2]
+        try:
+            if str(float(gamma)) == gamma:
+                continue
+        except ValueError:
+            pass
+        raise ValueError(
+            f"names must have a number as gamma, as focal_bce_pos_sum_2.0, got {gamma!r}"
+        )
+    if len({family.rpartition("_")[0] for family in gammas}) < len(gammas):
+        raise ValueError(f"statistics hold focal sums of one gamma, got {', '.join(gammas)}")
 
 
 def _is_focal(column: str) -> bool:

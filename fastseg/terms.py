@@ -50,11 +50,23 @@ def _not_negative(term: object, *names: str) -> None:
         object.__setattr__(term, name, number)
 
 
-def _at_most_one(term: object, name: str) -> None:
-    """Check the upper end of a number that is in [0, 1]."""
+def _at_most(term: object, name: str, most: float) -> None:
+    """Check the upper end of a number that `_not_negative` has checked."""
     value = getattr(term, name)
-    if value > 1:
-        raise ValueError(f"{name} must be in [0, 1], got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be in [0, {most:g}], got {value}")
+
+
+MOST_GAMMA = 1000.0
+"""Of a focal loss; with it a voxel of q = 0.99 on the right side still counts by 4e-5."""
+
+
+def _check_gamma(term: object) -> None:
+    """Check the exponent of a focal loss; -0 becomes 0, as it stands in the names of its sums."""
+    _not_negative(term, "gamma")
+    _at_most(term, "gamma", MOST_GAMMA)
+    gamma: float = getattr(term, "gamma", 0.0)
+    object.__setattr__(term, "gamma", gamma + 0.0)
 
 
 def _tuple_of(term: object, name: str, kind: type, what: str) -> None:
@@ -204,7 +216,7 @@ class BCE(Term):
         """Check the options."""
         super().__post_init__()
         _not_negative(self, "pos_weight", "label_smoothing")
-        _at_most_one(self, "label_smoothing")
+        _at_most(self, "label_smoothing", 1)
         choice("normalize", self.normalize, ("valid", "all", None))
 
     @property
@@ -239,7 +251,7 @@ class FocalBCE(Term):
     Parameters
     ----------
     gamma
-        Exponent, at least 0; with 0 it is the BCE.
+        Exponent, from 0 (which makes it the BCE) to 1000.
     alpha
         Factor of the foreground's part, in [0, 1], that of the background's being 1 - alpha; None
         for 1 and 1.
@@ -273,10 +285,10 @@ class FocalBCE(Term):
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
-        _not_negative(self, "gamma")
+        _check_gamma(self)
         if self.alpha is not None:
             _not_negative(self, "alpha")
-            _at_most_one(self, "alpha")
+            _at_most(self, "alpha", 1)
         choice("normalize", self.normalize, ("valid", "all", None))
 
     def needs(self) -> frozenset[str]:
@@ -337,7 +349,7 @@ class CrossEntropy(Term):
         """Check the options."""
         super().__post_init__()
         _not_negative(self, "label_smoothing")
-        _at_most_one(self, "label_smoothing")
+        _at_most(self, "label_smoothing", 1)
         choice("normalize", self.normalize, ("valid", "all", "weights", None))
 
     def needs(self) -> frozenset[str]:
@@ -364,7 +376,7 @@ class FocalCrossEntropy(Term):
     Parameters
     ----------
     gamma
-        Exponent, at least 0; with 0 it is the cross-entropy.
+        Exponent, from 0 (which makes it the cross-entropy) to 1000.
     normalize, classes, class_weights
         As in `CrossEntropy`.
 
@@ -393,7 +405,7 @@ class FocalCrossEntropy(Term):
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
-        _not_negative(self, "gamma")
+        _check_gamma(self)
         choice("normalize", self.normalize, ("valid", "all", "weights", None))
 
     def needs(self) -> frozenset[str]:

@@ -7,6 +7,8 @@ import sys
 
 from test_accuracy import (  # noqa: F401
     test_a_confident_network_keeps_its_digits,
+    test_a_focal_loss_of_classes_of_one_logit,
+    test_a_focal_loss_of_one_logit,
     test_a_score_near_0_keeps_its_digits,
     test_constant_logits_do_not_drift,
     test_extreme_logits_have_their_limits,

@@ -7,7 +7,7 @@ import pytest
 
 import fastseg as fs
 import oracle
-from cases import ulp_error
+from cases import GRAD_ULP, extra_ulp, ulp_error, value_rtol
 from fastseg_kernels import reference as ref
 
 LOSS = fs.BCE() + fs.SoftJaccard()
@@ -48,7 +48,10 @@ def check_gradient_of_constant_logits(share: float, bound: float) -> None:
     """Every voxel repeats one rounding, in the sums too, which the slope of a score feels twice."""
     targets = np.zeros((1, 1, 5000), np.uint8)
     targets[..., : int(share * 5000)] = 1
-    losses = [fs.SoftJaccard(smooth_num=1.0, smooth_den=1.0), fs.SoftDice(smooth_den=1e-5)]
+    losses = [
+        fs.SoftJaccard(smooth_num=1.0, smooth_den=1.0),
+        fs.SoftDice(smooth_num=1e-5, smooth_den=1e-5),
+    ]
     for value in np.linspace(-8.0, 8.0, 65):
         logits = np.full(targets.shape, value, np.float32)
         for loss in losses:
@@ -211,3 +214,36 @@ def test_minimum_of_soft_bce_is_at_the_target(dtype):
     logits = np.log(probs) - np.log1p(-probs)
     grad = fs.BCE().value_and_grad(logits[None, None], probs[None, None])[1]
     assert np.abs(grad).max() < 8 * np.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3125, 0.6875, 1.5, 2.0, 2.6875, 5.0, 9.3125])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_focal_loss_of_one_logit(dtype, gamma):
+    """Right and wrong, sure and not: every voxel has the same error, so the sums have it too.
+
+    Every gamma is a float32, as which it is computed with: rounded, it would move w^gamma by more.
+    """
+    loss = fs.FocalBCE(gamma=gamma, normalize=None)
+    bound = GRAD_ULP["float32"] if dtype is np.float32 else 8.0
+    for size in np.linspace(0.25, 80 / (gamma + 1), 23):
+        logits = np.full((1, 1, 2048), size, dtype)
+        logits[..., ::2] *= -1
+        for sign in (0, 1):
+            targets = ((logits < 0) == sign).astype(np.uint8)
+            value, grad = loss.value_and_grad(logits, targets)
+            expected, slope = oracle.evaluate(loss, logits, targets)
+            np.testing.assert_allclose(value, expected, rtol=value_rtol(loss, dtype))
+            assert ulp_error(grad, slope, slope, dtype)[0] <= bound + extra_ulp(loss, dtype)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.5, 2.0])
+def test_a_focal_loss_of_classes_of_one_logit(gamma):
+    loss = fs.FocalCrossEntropy(gamma=gamma, normalize=None)
+    for size in np.linspace(-60 / (gamma + 1), 60 / (gamma + 1), 25):
+        logits = np.zeros((1, 3, 300), np.float32)
+        logits[:, 1] = size
+        targets = np.ones((1, 300), np.uint8)
+        value, grad = loss.value_and_grad(logits, targets)
+        expected, slope = oracle.evaluate(loss, logits, targets)
+        np.testing.assert_allclose(value, expected, rtol=value_rtol(loss, np.float32))
+        assert ulp_error(grad, slope, slope, np.float32)[0] <= 8 + extra_ulp(loss, np.float32)

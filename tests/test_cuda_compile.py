@@ -196,17 +196,19 @@ GROUPS = {
 }
 
 
+POOL = ThreadPoolExecutor(2)
+
+
 @cache
 def compilations(
-    targets: tuple[tuple[int, int], ...],
-) -> dict[tuple[str, int, int], Future[Compiled]]:
-    """Start to compile every group for these targets, two at a time."""
-    pool = ThreadPoolExecutor(2)
+    name: str, targets: tuple[tuple[int, int], ...]
+) -> dict[tuple[int, int], Future[Compiled]]:
+    """Start to compile a group for these targets, two at a time."""
+    group = GROUPS[name]
     return {
-        (name, major, architecture): pool.submit(
+        (major, architecture): POOL.submit(
             compile_text, text(group.file), tuple(group.names), architecture, major=major
         )
-        for name, group in GROUPS.items()
         for major, architecture in targets
     }
 
@@ -226,7 +228,7 @@ USAGE = re.compile(
 def test_kernels_compile_within_their_bounds(name, major, architecture):
     usual = (major, architecture) in USUAL_TARGETS
     targets = tuple(target for target in TARGETS if (target in USUAL_TARGETS) == usual)
-    group, log = GROUPS[name], compilations(targets)[name, major, architecture].result().log
+    group, log = GROUPS[name], compilations(name, targets)[major, architecture].result().log
     # Kernels that are no templates are compiled with every group of their file.
     stems = {re.match(r"\w+", expression)[0] for expression in group.names}  # type: ignore[index]
     found = [u for u in USAGE.finditer(log) if any(stem in u["name"] for stem in stems)]

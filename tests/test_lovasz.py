@@ -235,7 +235,7 @@ HINGE = fs.LovaszHinge(bins=1024)
     ("call", "message"),
     [
         (lambda x, p: fs.LovaszHinge(bins=100), "bins must be one of None, 1024, 2048, 4096, 8192"),
-        (lambda x, p: HINGE.replace(activation=None), "LovaszHinge needs sigmoid"),
+        (lambda x, p: HINGE.replace(activation=None), r"LovaszHinge\(bins=1024\) needs sigmoid"),
         (lambda x, p: HINGE + fs.LovaszSoftmax(), "LovaszHinge needs sigmoid and LovaszSoftmax"),
         (lambda x, p: HINGE(x, p, weight_map=abs(x)), "weight_map has no meaning for LovaszHinge"),
         (lambda x, p: HINGE(x, np.where(p, 0.5, 0)), "targets must be 0 or 1, got 0.5"),

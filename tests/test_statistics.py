@@ -199,3 +199,56 @@ def test_scores_equal_the_reference():
     for name, expected in zip(("tp", "fp", "fn", "tn"), (tp, fp, fn, tn), strict=True):
         np.testing.assert_array_equal(s.counts()[name], expected)
     assert s.jaccard_index() == ref.hard_jaccard_index(tp, fp, fn).mean()
+
+
+def test_words_are_flushed_before_they_are_full():
+    """A task counts at most 2^20 voxels of a row before it adds its words to the row's."""
+    size = 3 * 2**20 + 1234
+    logits = np.full((1, 1, size), -1.0, np.float32)  # hinge errors of 2, whose sums fill the words
+    logits[..., ::7] = np.float32(0.3)
+    targets = np.ones(logits.shape, np.uint8)
+    fs.set_num_threads(1)
+    try:
+        loss = fs.LovaszHinge(bins=1024)
+        s = loss.statistics(logits, targets, track=("curve",))
+        few = loss.statistics(logits[..., : size // 7 * 7], targets[..., : size // 7 * 7])
+    finally:
+        fs.set_num_threads(None)
+    low, high = loss.bounds(s)
+    errors = np.sort(1.0 - logits[0, 0].astype(np.float64))[::-1]
+    exact = errors.mean()  # all foreground: every weight is 1 / P
+    assert low - 1e-9 <= exact <= high + 1e-9
+    assert high - low < 1e-3
+    counted = sum(s[name].sum() for name in s.names if name.startswith("logit_curve_foreground"))
+    assert counted == size
+    assert float(loss.value(few)) == pytest.approx(exact, rel=1e-4)
+
+
+def test_sums_of_two_gammas_are_refused():
+    logits, targets = make((1, 1, 9))
+    two, three = (fs.FocalBCE(gamma=g).statistics(logits, targets) for g in (2.0, 3.0))
+    with pytest.raises(ValueError, match="columns"):
+        two.add_voxels(three)
+    with pytest.raises(ValueError, match="must be made with this gamma"):
+        fs.FocalBCE(gamma=3.0).value(two)
+    both = np.concatenate([two.array, three.array[..., -2:]], axis=2)
+    with pytest.raises(ValueError, match="statistics hold focal sums of one gamma, got"):
+        fs.Statistics(both, two.names + three.names[-2:])
+    for name in ("focal_bce_pos_sum_x", "focal_bce_pos_sum_2"):
+        with pytest.raises(ValueError, match="names must have a number as gamma"):
+            fs.Statistics(two.array[..., :5], (*two.names[:4], name))
+    assert fs.FocalBCE(gamma=-0.0) + fs.FocalBCE(gamma=0.0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "track"),
+    [
+        (fs.BCE(), "ce"),
+        (fs.CrossEntropy(), "bce"),
+        (fs.CrossEntropy(), "bce_flipped"),
+        (fs.BCE().replace(activation=None), "bce_flipped"),
+    ],
+)
+def test_sums_that_an_activation_does_not_have_are_refused(loss, track):
+    with pytest.raises(ValueError, match=f"track names sums that there are not with .*{track}"):
+        loss.families((track,))

@@ -183,7 +183,11 @@ EMPTY = ("formula", "one", "zero", "skip")
 NORMALIZE = ("sum", "valid", "all", "weights")
 REDUCTIONS = ("none", "mean", "sum")
 
-COEFFICIENTS = 12
+COEFFICIENT_NAMES = (
+    "on_target", "off_target", "bce_target", "bce_other", "below", "above", "square",
+    "flipped_target", "flipped_other", "focal_target", "focal_other", "gamma",
+)  # fmt: skip
+COEFFICIENTS = len(COEFFICIENT_NAMES)
 """Per row, what the gradient kernel needs (``cpu/points.py`` has the formula): dL/dq of the region
 terms on the foreground and off it; the weight of the BCE on the foreground and off it (with
 softmax, ``cpu/softmax.py``, that of the cross-entropy of the target's class and of every class);

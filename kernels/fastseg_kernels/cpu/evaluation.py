@@ -50,6 +50,10 @@ BATCH, IMAGE, CLASS = (SCOPES.index(name) for name in ("batch", "image", "class"
 FORMULA, ONE, SKIP = EMPTY.index("formula"), EMPTY.index("one"), EMPTY.index("skip")
 BY_VALID, BY_ALL, BY_WEIGHTS = (NORMALIZE.index(n) for n in ("valid", "all", "weights"))
 NONE, MEAN = 0, 1  # of constants.REDUCTIONS
+(
+    ON, OFF, BCE_TARGET, BCE_OTHER, BELOW, ABOVE, SQUARE, FLIPPED_TARGET, FLIPPED_OTHER,
+    FOCAL_TARGET, FOCAL_OTHER, FOCAL_GAMMA,
+) = range(COEFFICIENTS)  # fmt: skip
 
 (
     VOXELS, COUNT, P, INNER, F, G, BCE_ALL, BCE_POS, BCE_NEG, _, CE, CE_UNIFORM,
@@ -173,14 +177,14 @@ def add_region(term, sums, columns, class_weights, reduction, scale, values, coe
                 elif of_bins:
                     pass
                 elif term[FORM] == L1:
-                    coefficients[n, c, 4] -= factor * slope_f
-                    coefficients[n, c, 5] += factor * slope_g
+                    coefficients[n, c, BELOW] -= factor * slope_f
+                    coefficients[n, c, ABOVE] += factor * slope_g
                 elif term[FORM] == SQUARED:
-                    coefficients[n, c, 0] -= factor * slope_f
-                    coefficients[n, c, 6] += 2.0 * factor * slope_g
+                    coefficients[n, c, ON] -= factor * slope_f
+                    coefficients[n, c, SQUARE] += 2.0 * factor * slope_g
                 else:
-                    coefficients[n, c, 0] -= factor * slope_f
-                    coefficients[n, c, 1] += factor * slope_g
+                    coefficients[n, c, ON] -= factor * slope_f
+                    coefficients[n, c, OFF] += factor * slope_g
     return total * share
 
 
@@ -333,13 +337,13 @@ def add_bce(term, sums, columns, class_weights, reduction, scale, values, coeffi
             if reduction == NONE:
                 values[n, c] = factor * value
             factor *= term[WEIGHT] * scale[n, c]
-            first = 9 if focal else 2
+            first = FOCAL_TARGET if focal else BCE_TARGET
             coefficients[n, c, first] += factor * own[0]
             coefficients[n, c, first + 1] += factor * own[1]
-            coefficients[n, c, 7] += factor * other[0]
-            coefficients[n, c, 8] += factor * other[1]
+            coefficients[n, c, FLIPPED_TARGET] += factor * other[0]
+            coefficients[n, c, FLIPPED_OTHER] += factor * other[1]
             if focal:
-                coefficients[n, c, 11] = term[GAMMA]
+                coefficients[n, c, FOCAL_GAMMA] = term[GAMMA]
     return total
 
 
@@ -382,7 +386,7 @@ def add_ce(term, sums, columns, class_weights, reduction, scale, values, coeffic
             share = 1.0 / divisor if divisor != 0.0 else 0.0
         for c in range(classes):
             if focal:
-                coefficients[n, c, 11] = term[GAMMA]  # of the voxel, whatever its class
+                coefficients[n, c, FOCAL_GAMMA] = term[GAMMA]  # of the voxel, whatever its class
             if class_weights[c] != class_weights[c]:
                 continue
             _collect(sums, columns, n, c, False, row)
@@ -400,10 +404,10 @@ def add_ce(term, sums, columns, class_weights, reduction, scale, values, coeffic
                 values[n, c] = value
             scaled = term[WEIGHT] * scale[n, c]
             if focal:
-                coefficients[n, c, 9] += scaled * own
+                coefficients[n, c, FOCAL_TARGET] += scaled * own
             else:
-                coefficients[n, c, 2] += scaled * own
-                coefficients[n, c, 3] += scaled * everyone
+                coefficients[n, c, BCE_TARGET] += scaled * own
+                coefficients[n, c, BCE_OTHER] += scaled * everyone
     return total
 
 

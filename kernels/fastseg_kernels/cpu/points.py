@@ -21,7 +21,7 @@ w = sigma(z) is the mass on the wrong side, and its slope
 
     f'(z) = w^gamma (gamma (1 - w) softplus(z) + w)
 
-w^gamma is a product of w, w^2 and w^4, and unless gamma is a whole number below 8, of a rest's exp.
+w^gamma is a product of w, w^2, w^4 and of w^rest, which is 1 where gamma is a whole number below 8.
 
 Coefficients (`constants.COEFFICIENTS`) are already scaled by everything that scales the gradient:
 
@@ -54,7 +54,13 @@ from fastseg_kernels.constants import (
     without_gamma,
 )
 from fastseg_kernels.cpu.compiled import inlined
-from fastseg_kernels.cpu.elementary import Real, make_exp_negative, make_log, make_log1p
+from fastseg_kernels.cpu.elementary import (
+    Real,
+    make_exp_negative,
+    make_log,
+    make_log1p,
+    make_power,
+)
 from fastseg_kernels.cpu.intrinsics import fma
 from fastseg_kernels.cpu.stage import EXCLUDED_INPUT
 
@@ -223,32 +229,29 @@ def _join(real: Real) -> Any:
 def make_focal(real: Real) -> tuple[Any, Any]:
     """Return the focal loss of a voxel and its slope with respect to z.
 
-    Both take (wrong, right, nll, other_nll, gamma): sigma(z), sigma(-z), softplus(z), softplus(-z).
+    Both take sigma(z), softplus(z) and gamma, the slope also sigma(-z).
     """
     T, I = real.scalar, real.integer  # noqa: E741
-    zero, one, far, most, nothing = T(0), T(1), T(1000), T(7), I(0)
-    exp_negative, bit0, bit1, bit2 = make_exp_negative(real), I(1), I(2), I(4)
+    zero, one, most, nothing = T(0), T(1), T(7), I(0)
+    rest_power, bit0, bit1, bit2 = make_power(real), I(1), I(2), I(4)
 
     @inlined
-    def power(wrong, other_nll, gamma):  # type: ignore[no-untyped-def]
-        below = gamma if gamma < most else most
-        whole = I(below)
-        rest = gamma - T(whole)
+    def power(wrong, gamma):  # type: ignore[no-untyped-def]
+        whole = I(gamma if gamma < most else most)
         square = wrong * wrong
         value = wrong if I(whole & bit0) != nothing else one
         value *= square if I(whole & bit1) != nothing else one
         value *= square * square if I(whole & bit2) != nothing else one
-        log = far if other_nll > far else other_nll  # 0 times infinity is 0 here
-        return value * exp_negative(rest * log)
+        return value * rest_power(wrong, gamma - T(whole))
 
     @inlined
-    def focal(wrong, right, nll, other_nll, gamma):  # type: ignore[no-untyped-def]
-        return power(wrong, other_nll, gamma) * nll if wrong != zero else nll
+    def focal(wrong, nll, gamma):  # type: ignore[no-untyped-def]
+        return power(wrong, gamma) * nll if wrong != zero else nll
 
     @inlined
-    def slope(wrong, right, nll, other_nll, gamma):  # type: ignore[no-untyped-def]
+    def slope(wrong, right, nll, gamma):  # type: ignore[no-untyped-def]
         moved = right * nll if right != zero else zero
-        return power(wrong, other_nll, gamma) * fma(gamma, moved, wrong)
+        return power(wrong, gamma) * fma(gamma, moved, wrong)
 
     return focal, slope
 
@@ -342,8 +345,7 @@ def _binary_point(variant: Variant, real: Real) -> Point:
         if focal:
             log = log1p(e)
             nll = log + (size if on_wrong_side else zero)
-            other_nll = log + (zero if on_wrong_side else size)
-            value = focal_of(wrong, right, nll, other_nll, settings.gamma)
+            value = focal_of(wrong, nll, settings.gamma)
             focal_pos = value if is_target else zero
             focal_neg = zero if is_target else value
         if hard:
@@ -375,7 +377,7 @@ def _binary_point(variant: Variant, real: Real) -> Point:
         if focal:
             log = log1p(e)
             nll = log + (size if on_wrong_side else zero)
-            of_z = focal_slope(wrong, right, nll, log + (zero if on_wrong_side else size), k.gamma)
+            of_z = focal_slope(wrong, right, nll, k.gamma)
             value = fma(-k.focal_target if is_target else k.focal_other, of_z, value)
         return value
 
@@ -441,8 +443,8 @@ def _soft_point(variant: Variant, real: Real) -> Point:
             flipped_pos = weight * p * high if p != zero else zero
             flipped_neg = weight * other * low if other != zero and x != excluded else zero
         if focal:
-            of_target = focal_of(rest, q, low, high, settings.gamma)
-            of_other = focal_of(q, rest, high, low, settings.gamma)
+            of_target = focal_of(rest, low, settings.gamma)
+            of_other = focal_of(q, high, settings.gamma)
             focal_pos = weight * p * of_target if p != zero else zero * e
             focal_neg = weight * other * of_other if other != zero else zero * e
         if hard:
@@ -479,8 +481,8 @@ def _soft_point(variant: Variant, real: Real) -> Point:
         if focal:
             log = log1p(e)
             low, high = log + (size if x < zero else zero), log + (size if x > zero else zero)
-            value += k.focal_other * other * focal_slope(q, rest, high, low, k.gamma)
-            value -= k.focal_target * p * focal_slope(rest, q, low, high, k.gamma)
+            value += k.focal_other * other * focal_slope(q, rest, high, k.gamma)
+            value -= k.focal_target * p * focal_slope(rest, q, low, k.gamma)
         return w * value if weighted else value
 
     return Point(sums_of, _join(real), _log_sum(real), slope)
@@ -538,8 +540,8 @@ def _probs_point(variant: Variant, real: Real) -> Point:
         elif bce:
             bce_pos = weight * (p_real * low + other * high)
         if focal:
-            focal_pos = weight * (p_real * focal_of(rest, x, low, high, settings.gamma))
-            focal_neg = weight * (other * focal_of(x, rest, high, low, settings.gamma))
+            focal_pos = weight * (p_real * focal_of(rest, low, settings.gamma))
+            focal_neg = weight * (other * focal_of(x, high, settings.gamma))
         if hard:
             is_target = p_real >= half
             true = unit if is_target else nothing
@@ -573,8 +575,8 @@ def _probs_point(variant: Variant, real: Real) -> Point:
         of_logit = k.bce_other * other * x - k.bce_target * p_real * rest
         if focal:
             low, high = logs(x)
-            of_logit += k.focal_other * other * focal_slope(x, rest, high, low, k.gamma)
-            of_logit -= k.focal_target * p_real * focal_slope(rest, x, low, high, k.gamma)
+            of_logit += k.focal_other * other * focal_slope(x, rest, high, k.gamma)
+            of_logit -= k.focal_target * p_real * focal_slope(rest, x, low, k.gamma)
         value += of_logit / spread
         return w * value if weighted else value
 

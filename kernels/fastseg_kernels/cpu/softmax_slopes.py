@@ -11,7 +11,7 @@ import numpy as np
 
 from fastseg_kernels.constants import COEFFICIENTS
 from fastseg_kernels.cpu.compiled import function, inlined, pasted
-from fastseg_kernels.cpu.elementary import Real, make_log, make_log1p
+from fastseg_kernels.cpu.elementary import Real, make_log1p
 from fastseg_kernels.cpu.histograms import VOXELS, tally
 from fastseg_kernels.cpu.intrinsics import (
     address_of,
@@ -70,7 +70,7 @@ def make_tile_gradient(variant: Variant, real: Real, of_errors: bool = False) ->
     walk, end_group = make_walk(variant, real, not is_bent), make_end_group(real)
     slope, bent = make_slope(variant, real), make_bent(variant, real)
     focal, with_shares = "focal_ce" in variant.families, has_shares(variant)
-    focal_slope, log, log1p = make_focal(real)[1], make_log(real), make_log1p(real)
+    focal_slope, log1p = make_focal(real)[1], make_log1p(real)
     _, exponential = make_exponential(real)
 
     @inlined
@@ -78,7 +78,7 @@ def make_tile_gradient(variant: Variant, real: Real, of_errors: bool = False) ->
         """Return u, by which a focal loss outweighs a cross-entropy; 0 where no other class is."""
         if wrong == zero:
             return zero
-        return focal_slope(wrong, right, nll, -log(wrong), gamma) / wrong
+        return focal_slope(wrong, right, nll, gamma) / wrong
 
     @pasted
     def fill_shares(  # type: ignore[no-untyped-def]

@@ -11,7 +11,7 @@ import numpy as np
 
 from fastseg_kernels.constants import BASE_COLUMNS, BENT_FAMILIES, columns
 from fastseg_kernels.cpu.compiled import function, inlined, pasted
-from fastseg_kernels.cpu.elementary import Real, make_log, make_log1p
+from fastseg_kernels.cpu.elementary import Real, make_log1p
 from fastseg_kernels.cpu.histograms import VOXELS, tally
 from fastseg_kernels.cpu.intrinsics import (
     address_of,
@@ -84,7 +84,7 @@ def _make_add(variant: Variant, real: Real) -> Any:
     hard = "hard" in families
     ce, uniform, focal = (name in families for name in ("ce", "ce_uniform", "focal_ce"))
     short_and_excess = make_short_and_excess(real)
-    focal_of, log = make_focal(real)[0], make_log(real)
+    focal_of, _ = make_focal(real)
 
     @inlined
     def add(x, e, p, voxels, c, i, gamma, sums):  # type: ignore[no-untyped-def]
@@ -128,10 +128,8 @@ def _make_add(variant: Variant, real: Real) -> Any:
             if ce:
                 ce_sum += p[i] * nll if p[i] != zero else zero  # 0 * inf is 0 here
             if focal and p[i] != zero and weight != zero:
-                wrong, right = rest * voxels.inverse[i], e[i] * voxels.inverse[i]
-                focal_sum += p[i] * (
-                    weight * focal_of(wrong, right, nll / weight, -log(wrong), gamma)
-                )
+                wrong = rest * voxels.inverse[i]
+                focal_sum += p[i] * (weight * focal_of(wrong, nll / weight, gamma))
         if uniform:
             uniform_sum += nll
         if hard:
@@ -278,7 +276,7 @@ def make_tile_statistics(variant: Variant, real: Real) -> Any:
     walk, class_sums = make_walk(variant, real, False), _make_class_sums(variant, real)
     largest_class, log1p = make_largest(real), make_log1p(real)
     _, exponential = make_exponential(real)
-    focal_of, natural_log = make_focal(real)[0], make_log(real)
+    focal_of, _ = make_focal(real)
 
     @function
     def tile_statistics(  # type: ignore[no-untyped-def]
@@ -311,7 +309,7 @@ def make_tile_statistics(variant: Variant, real: Real) -> Any:
                 wrong = (left[i] + (largest[i] - e_own)) * inverse[i]
                 below = zero if own[i] == top[i] else top[i] - own[i]
                 own_nll = log1p(left[i] / largest[i]) + below
-                value = focal_of(wrong, e_own * inverse[i], own_nll, -natural_log(wrong), gamma)
+                value = focal_of(wrong, own_nll, gamma)
                 of_focal[i] = weight[i] * value if weight[i] != zero else zero
         if logs:
             for i in range(tile):

@@ -92,6 +92,8 @@ __device__ __forceinline__ float log_1p(float s) { return log1pf(s); }
 __device__ __forceinline__ double log_1p(double s) { return log1p(s); }
 __device__ __forceinline__ float natural_log(float u) { return logf(u); }
 __device__ __forceinline__ double natural_log(double u) { return log(u); }
+__device__ __forceinline__ float power(float w, float r) { return powf(w, r); }
+__device__ __forceinline__ double power(double w, double r) { return pow(w, r); }
 __device__ __forceinline__ float fused(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double fused(double a, double b, double c) { return fma(a, b, c); }
 __device__ __forceinline__ float magnitude(float x) { return fabsf(x); }

@@ -153,7 +153,7 @@ struct Work {
   // Unless it is NaN, as all coefficients are where a target is invalid.
   __device__ void set_gamma(long long n, long long c, double gamma) const {
     double* row = coefficients + (n * shape.classes + c) * shape.coefficients;
-    if (row[11] == row[11]) row[11] = gamma;
+    if (row[COEFFICIENT_GAMMA] == row[COEFFICIENT_GAMMA]) row[COEFFICIENT_GAMMA] = gamma;
   }
 };
 
@@ -210,10 +210,10 @@ __device__ double add_region(const Work& w, const double* term, const double* we
       const double scaled = factor * w.scale.of(n, c);
       const double hits = -scaled * r.slope_f, errors = scaled * r.slope_g;
       if (term[TERM_FORM] == FORM_SQUARED) {
-        w.add(n, c, 0, hits, 0.0);
-        w.add(n, c, 5, 0.0, 2.0 * errors);
+        w.add(n, c, COEFFICIENT_ON_TARGET, hits, 0.0);
+        w.add(n, c, COEFFICIENT_SQUARE, 2.0 * errors, 0.0);
       } else {
-        w.add(n, c, term[TERM_FORM] == FORM_L1 ? 4 : 0, hits, errors);
+        w.add(n, c, term[TERM_FORM] == FORM_L1 ? COEFFICIENT_BELOW : COEFFICIENT_ON_TARGET, hits, errors);
       }
     }
   }
@@ -357,8 +357,8 @@ __device__ double add_bce(const Work& w, const double* term, const double* weigh
     total += factor * value;
     if (w.shape.reduction == REDUCTION_NONE) values[g] += factor * value;
     factor *= term[TERM_WEIGHT] * w.scale.of(n, c);
-    w.add(n, c, focal ? 9 : 2, factor * own_pos, factor * own_neg);
-    w.add(n, c, 7, factor * other_pos, factor * other_neg);
+    w.add(n, c, focal ? COEFFICIENT_FOCAL_TARGET : COEFFICIENT_BCE_TARGET, factor * own_pos, factor * own_neg);
+    w.add(n, c, COEFFICIENT_FLIPPED_TARGET, factor * other_pos, factor * other_neg);
     if (focal) w.set_gamma(n, c, term[TERM_GAMMA]);
   }
   return sum_for_all(total, w.buffer);
@@ -411,7 +411,7 @@ __device__ double add_ce(const Work& w, const double* term, const double* weight
     total += value;
     if (w.shape.reduction == REDUCTION_NONE) values[g] += value;
     const double scaled = term[TERM_WEIGHT] * w.scale.of(n, c);
-    w.add(n, c, focal ? 9 : 2, scaled * own, scaled * all);
+    w.add(n, c, focal ? COEFFICIENT_FOCAL_TARGET : COEFFICIENT_BCE_TARGET, scaled * own, scaled * all);
   }
   return sum_for_all(total, w.buffer);
 }

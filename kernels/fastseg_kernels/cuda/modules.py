@@ -29,7 +29,8 @@ TABLE_NUMBERS = 448
 """Numbers of a table of terms that are passed by value: a kernel's arguments take 4096 bytes, and
 this is 20 terms of 6 classes. Larger tables are uploaded."""
 SOFTMAX_CLASSES = 256
-"""Classes whose coefficients fit the shared memory that every GPU has, five doubles each."""
+"""Classes whose coefficients fit the shared memory that every GPU has, nine doubles each. The CPU's
+limit is ``softmax_stage.MOST_CLASSES``; README promises the smaller."""
 LABEL_CLASSES = 2048
 """Classes whose counts fit the shared memory that every GPU has, three numbers of 4 bytes each."""
 
@@ -63,6 +64,7 @@ def shared_constants() -> str:
             f"constexpr int CURVE_BINS = {constants.CURVE_BINS};\n",
             f"constexpr int OCTAVES = {constants.OCTAVES};\n",
             f"constexpr int FRACTION_BITS = {constants.FRACTION_BITS};\n",
+            _enum("COEFFICIENT", constants.COEFFICIENT_NAMES),
             _enum("CODE", constants.DTYPE_CODES),
             _enum("TERM", (*constants.TERM_FIELDS, "fields")),
             _enum("KIND", constants.KINDS),

@@ -63,25 +63,25 @@ __device__ __forceinline__ void add_hard(Sums<T>& s, T x, bool is_target, T thre
   s.hits += over && is_target;
 }
 
-// w^gamma, for w = sigma(z) and other_nll = softplus(-z).
+// w^gamma, by products as far as gamma is whole.
 template <typename T>
-__device__ __forceinline__ T focal_power(T w, T other_nll, T gamma) {
+__device__ __forceinline__ T focal_power(T w, T gamma) {
   const int whole = int(gamma < T(7) ? gamma : T(7));
-  const T square = w * w, log = other_nll > T(1000) ? T(1000) : other_nll;
+  const T square = w * w, rest = gamma - T(whole);
   T value = whole & 1 ? w : T(1);
   if (whole & 2) value *= square;
   if (whole & 4) value *= square * square;
-  return value * exp_negative((gamma - T(whole)) * log);
+  return rest > T(0) ? value * power(w, rest) : value;
 }
 
-// The focal loss w^gamma softplus(z), and its slope to z. right: sigma(-z); nll: softplus(z).
+// The focal loss w^gamma softplus(z), and its slope to z. w: sigma(z); right: sigma(-z); nll: softplus(z).
 template <typename T>
-__device__ __forceinline__ T focal_loss(T w, T nll, T other_nll, T gamma) {
-  return w != T(0) ? focal_power(w, other_nll, gamma) * nll : nll;
+__device__ __forceinline__ T focal_loss(T w, T nll, T gamma) {
+  return w != T(0) ? focal_power(w, gamma) * nll : nll;
 }
 template <typename T>
-__device__ __forceinline__ T focal_slope(T w, T right, T nll, T other_nll, T gamma) {
-  return focal_power(w, other_nll, gamma) * fused(gamma, right != T(0) ? right * nll : T(0), w);
+__device__ __forceinline__ T focal_slope(T w, T right, T nll, T gamma) {
+  return focal_power(w, gamma) * fused(gamma, right != T(0) ? right * nll : T(0), w);
 }
 
 // One voxel whose target is 0 or 1. Its BCE is log(1 + exp(-|x|)), and |x| more where the logit is on
@@ -95,8 +95,7 @@ __device__ __forceinline__ void add_binary(Sums<T>& s, T x, bool is_target, T ga
   const bool wrong = (x >= T(0)) != is_target;
   if (V::focal) {
     const T log = log_1p(e), large = newton_reciprocal(T(1) + e), error = wrong ? large : e * large;
-    const T nll = log + (wrong ? size : T(0)), other_nll = log + (wrong ? T(0) : size);
-    (is_target ? s.focal_pos : s.focal_neg) += focal_loss(error, nll, other_nll, gamma);
+    (is_target ? s.focal_pos : s.focal_neg) += focal_loss(error, log + (wrong ? size : T(0)), gamma);
   }
   if (V::flipped && !wrong) (is_target ? s.flipped_pos : s.flipped_neg) += size;
   if (V::products) {
@@ -162,8 +161,8 @@ __device__ __forceinline__ void add_soft(Sums<T>& s, T x, T p, T w, T gamma) {
     if (V::focal) {
       const T large = newton_reciprocal(T(1) + e), small = e * large;
       const T q = positive ? large : small, rest = positive ? small : large;
-      if (p != T(0)) s.focal_pos += w * p * focal_loss(rest, low, high, gamma);
-      if (other != T(0)) s.focal_neg += w * other * focal_loss(q, high, low, gamma);
+      if (p != T(0)) s.focal_pos += w * p * focal_loss(rest, low, gamma);
+      if (other != T(0)) s.focal_neg += w * other * focal_loss(q, high, gamma);
       if (x != x) s.focal_pos += x, s.focal_neg += x;
     }
   }
@@ -201,8 +200,8 @@ __device__ __forceinline__ void add_probs(Sums<T>& s, T x, T p, T w, T gamma) {
   }
   if (V::focal) {
     const T low = nll_of(natural_log(x)), high = nll_of(log_1p(-x));
-    s.focal_pos += w * (p * focal_loss(rest, low, high, gamma));
-    s.focal_neg += w * (other * focal_loss(x, high, low, gamma));
+    s.focal_pos += w * (p * focal_loss(rest, low, gamma));
+    s.focal_neg += w * (other * focal_loss(x, high, gamma));
   }
   if (V::bce) {
     const T pos = p * nll_of(natural_log(x)), neg = other * nll_of(log_1p(-x));
@@ -241,8 +240,8 @@ __device__ __forceinline__ T slope(Voxel<T> v, const T* k) {
     T of_logit = k[3] * other * x - k[2] * p * rest;
     if (V::focal) {
       const T low = nll_of(natural_log(x)), high = nll_of(log_1p(-x));
-      of_logit += k[10] * other * focal_slope(x, rest, high, low, k[11]);
-      of_logit -= k[9] * p * focal_slope(rest, x, low, high, k[11]);
+      of_logit += k[10] * other * focal_slope(x, rest, high, k[11]);
+      of_logit -= k[9] * p * focal_slope(rest, x, low, k[11]);
     }
     value += of_logit / (spread < T(1e-12) ? T(1e-12) : spread);
   } else {
@@ -259,8 +258,8 @@ __device__ __forceinline__ T slope(Voxel<T> v, const T* k) {
       value = fused(is_target ? -k[2] : k[3], wrong, region * spread);
       if (V::flipped) value = fused(is_target ? k[7] : -k[8], right, value);
       if (V::focal) {
-        const T log = log_1p(e), nll = log + (is_wrong ? size : T(0)), other_nll = log + (is_wrong ? T(0) : size);
-        value = fused(is_target ? -k[9] : k[10], focal_slope(wrong, right, nll, other_nll, k[11]), value);
+        const T nll = log_1p(e) + (is_wrong ? size : T(0));
+        value = fused(is_target ? -k[9] : k[10], focal_slope(wrong, right, nll, k[11]), value);
       }
       return value;
     }
@@ -270,8 +269,8 @@ __device__ __forceinline__ T slope(Voxel<T> v, const T* k) {
     if (V::flipped) value += k[7] * p * q - k[8] * other * rest;
     if (V::focal) {
       const T log = log_1p(e), low = log + (x < T(0) ? size : T(0)), high = log + (x > T(0) ? size : T(0));
-      value += k[10] * other * focal_slope(q, rest, high, low, k[11]);
-      value -= k[9] * p * focal_slope(rest, q, low, high, k[11]);
+      value += k[10] * other * focal_slope(q, rest, high, k[11]);
+      value -= k[9] * p * focal_slope(rest, q, low, k[11]);
     }
   }
   return V::weighted ? v.w * value : value;

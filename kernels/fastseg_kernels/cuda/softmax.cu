@@ -247,7 +247,7 @@ statistics_softmax(const __grid_constant__ Job job, double* __restrict__ sums,
           if (V::focal && V::indexed) {
             const T wrong = (v[k].left + (v[k].largest - exponential(v[k], own[k]))) / (v[k].left + v[k].largest);
             const T its = log_1p(v[k].left / v[k].largest) + below;
-            focal[k] = v[k].used ? v[k].weight * focal_loss(wrong, its, -natural_log(wrong), gamma) : T(0);
+            focal[k] = v[k].used ? v[k].weight * focal_loss(wrong, its, gamma) : T(0);
           }
         }
       }
@@ -291,7 +291,7 @@ statistics_softmax(const __grid_constant__ Job job, double* __restrict__ sums,
             if (V::focal && p != T(0) && v[k].used) {
               const T wrong = (v[k].left + (v[k].largest - e)) / (v[k].left + v[k].largest);
               const T nll = its_nll / v[k].weight;
-              s.focal += p * (v[k].weight * focal_loss(wrong, nll, -natural_log(wrong), gamma));
+              s.focal += p * (v[k].weight * focal_loss(wrong, nll, gamma));
             }
           }
           if ((V::curve || V::lovasz) && v[k].kept) {
@@ -374,7 +374,7 @@ __device__ __forceinline__ T steepness(const Held<T>& v, T x, T e, T gamma) {
   const T wrong = (v.left + (v.largest - e)) * v.scaled;
   if (wrong == T(0)) return T(0);
   const T nll = log_1p(v.left / v.largest) + (x == v.top ? T(0) : v.top - x);
-  return focal_slope(wrong, e * v.scaled, nll, -natural_log(wrong), gamma) / wrong;
+  return focal_slope(wrong, e * v.scaled, nll, gamma) / wrong;
 }
 
 // h_c = dL/dq_c; q and rest = 1 - q are used where it depends on them.
