@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -32,3 +34,13 @@ def test_monais_network_trains_alike_with_either_loss():
     theirs, ours = example("monai_unet").main(steps=6)
     np.testing.assert_allclose(ours.losses, theirs.losses, rtol=2e-6)
     assert len({round(loss, 4) for loss in ours.losses}) == 6
+
+
+def test_two_processes_train_as_one(monkeypatch):
+    root = EXAMPLES.parent
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root), str(root / "kernels")]))
+    # The processes unpickle what they run by the name of its module.
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    alone, together = importlib.import_module("ddp").main(steps=4)
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+    assert alone[-1][0] < alone[0][0]
