@@ -8,33 +8,21 @@ itself trains another loss. With ``process_group=True`` the sums are combined fi
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import socket
 import tempfile
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from monai_unet import patches
 
 import fastseg as fs
 import fastseg.torch
 
 LOSS = fs.BCE() + fs.SoftJaccard(scope="batch", smooth_num=1e-5, smooth_den=1e-5)
-
-
-def patches() -> ModuleType:
-    """Return the other example, which cuts patches."""
-    path = Path(__file__).with_name("monai_unet.py")
-    spec = importlib.util.spec_from_file_location("monai_unet", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def work(rank: int, ranks: int, steps: int, port: int, folder: str) -> None:
@@ -49,7 +37,7 @@ def work(rank: int, ranks: int, steps: int, port: int, folder: str) -> None:
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-2)
     criterion = fastseg.torch.Loss(LOSS, track=("hard",), process_group=True)
     course = []
-    batches = patches().patches(2 * steps)
+    batches = patches(2 * steps)
     for (image, truth), (more, its_truth) in zip(batches[::2], batches[1::2], strict=True):
         # Four patches: with two processes the first has one of them, and the second three.
         images, truths = torch.cat([image, more]), torch.cat([truth, its_truth])

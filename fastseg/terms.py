@@ -58,15 +58,14 @@ def _at_most(term: object, name: str, most: float) -> None:
 
 
 MOST_GAMMA = 1000.0
-"""Of a focal loss; with it a voxel of q = 0.99 on the right side still counts by 4e-5."""
+"""Of a focal loss; with it a voxel that has 0.99 of its mass on the wrong side counts by 4e-5."""
 
 
-def _check_gamma(term: object) -> None:
+def _check_gamma(term: FocalBCE | FocalCrossEntropy) -> None:
     """Check the exponent of a focal loss; -0 becomes 0, as it stands in the names of its sums."""
     _not_negative(term, "gamma")
     _at_most(term, "gamma", MOST_GAMMA)
-    gamma: float = getattr(term, "gamma", 0.0)
-    object.__setattr__(term, "gamma", gamma + 0.0)
+    object.__setattr__(term, "gamma", term.gamma + 0.0)
 
 
 def _tuple_of(term: object, name: str, kind: type, what: str) -> None:

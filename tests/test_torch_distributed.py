@@ -5,8 +5,10 @@ Processes of their own, on gloo, with the real DistributedDataParallel.
 
 from __future__ import annotations
 
+import copy
 import datetime
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +84,11 @@ def work(rank: int, ranks: int, folder: str) -> None:
         equal_samples=True,
         ddp_average=False,
     )
+    assert copy.deepcopy(criterion).process_group is dist.group.WORLD
+    try:
+        pickle.dumps(criterion)
+    except TypeError as error:
+        results["pickled"] = str(error)
     images, targets = batch("sample")
     value = criterion(model(images[2 * rank : 2 * rank + 2]), targets[2 * rank : 2 * rank + 2])
     value.backward()
@@ -130,6 +137,7 @@ def test_processes_have_the_loss_and_the_gradients_of_one(ranks, tmp_path: Path,
         assert result["equal"][0] == pytest.approx(value, rel=1e-6)
         torch.testing.assert_close(result["equal"][1], grad, rtol=1e-5, atol=1e-7)
         assert "must have the same number of classes" in result["error"]
+        assert "only a Loss of the default group" in result["pickled"]
 
 
 def test_what_cannot_be_combined_is_refused():

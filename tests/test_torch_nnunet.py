@@ -1,7 +1,7 @@
 """nnU-Net's trainer with fastseg's loss, on stand-ins for what nnU-Net gives it.
 
-What nnU-Net computes is restated here from nnunetv2 2.8.1, training/loss/dice.py,
-compound_losses.py and deep_supervision.py.
+What nnU-Net computes is restated from nnunetv2 2.8.1, training/loss/compound_losses.py and
+deep_supervision.py; its Dice score stands in test_presets.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from fastseg.torch import nnunet
+from test_presets import nnunet_dice
 
 OUTPUTS = [(8, 8, 8), (4, 4, 4), (2, 2, 2)]
 
@@ -36,28 +37,21 @@ def trainer(**changes):
     )
 
 
-def dice(q, p, keep, batch_dice):
-    over = (0,) * batch_dice + (2, 3, 4)
-    q, p = q * keep, p * keep
-    inner, size = (q * p).sum(over), (q + p).sum(over)
-    return -((2 * inner + 1e-5) / (size + 1e-5).clamp_min(1e-8)).mean()
-
-
 def of_classes(x, y, batch_dice, ignore):
     keep = torch.ones_like(y, dtype=torch.bool) if ignore is None else y != ignore
     p = functional.one_hot(torch.where(keep, y, 0)[:, 0], 4).movedim(-1, 1)
     missing = -100 if ignore is None else ignore
     ce = functional.cross_entropy(x, y[:, 0], ignore_index=missing)
-    return ce + dice(x.softmax(1)[:, 1:], p[:, 1:], keep, batch_dice)
+    return ce + nnunet_dice(x.softmax(1), p, keep, batch_dice, do_bg=False, smooth=1e-5)
 
 
 def of_regions(x, y, batch_dice, ignore):
     bce = functional.binary_cross_entropy_with_logits
     if ignore is None:
-        return bce(x, y.double()) + dice(x.sigmoid(), y, 1, batch_dice)
+        return bce(x, y.double()) + nnunet_dice(x.sigmoid(), y, 1, batch_dice, True, 1e-5)
     keep, p = 1 - y[:, -1:], y[:, :-1]
     ce = (bce(x, p.double(), reduction="none") * keep).sum() / keep.sum()
-    return ce + dice(x.sigmoid(), p, keep, batch_dice)
+    return ce + nnunet_dice(x.sigmoid(), p, keep, batch_dice, True, 1e-5)
 
 
 @pytest.mark.parametrize("deep", [True, False])

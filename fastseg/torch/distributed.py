@@ -36,10 +36,23 @@ def combine(
     """
     group = None if process_group is True else process_group
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    if split == "samples" and equal_samples:
-        gathered = [torch.empty_like(sums) for _ in range(ranks)]
-        dist.all_gather(gathered, sums.contiguous(), group=group)
-        return torch.cat(gathered), rank * sums.shape[0], ranks
+    counts = [sums.shape[0]] * ranks
+    if not equal_samples:
+        counts = [size[0] for size in _sizes(sums, group, ranks, split)]
+    if split == "voxels":
+        total = sums.clone()
+        dist.all_reduce(total, group=group)
+        return total, 0, ranks
+    padded = sums.new_zeros((max(counts), *sums.shape[1:]))
+    padded[: sums.shape[0]] = sums
+    gathered = [torch.empty_like(padded) for _ in range(ranks)]
+    dist.all_gather(gathered, padded, group=group)
+    rows = [part[:count] for part, count in zip(gathered, counts, strict=True)]
+    return torch.cat(rows), sum(counts[:rank]), ranks
+
+
+def _sizes(sums: torch.Tensor, group: Any, ranks: int, split: Split) -> list[tuple[int, ...]]:
+    """Return the shapes of all processes' sums; ValueError, in each of them, if they do not fit."""
     shape = torch.tensor(sums.shape, device=sums.device)
     shapes = [torch.empty_like(shape) for _ in range(ranks)]
     dist.all_gather(shapes, shape, group=group)
@@ -51,14 +64,4 @@ def combine(
             f"the processes' logits must have the same number of {what}, got the sums' shapes "
             f"{', '.join(map(str, sizes))}"
         )
-    if split == "voxels":
-        total = sums.clone()
-        dist.all_reduce(total, group=group)
-        return total, 0, ranks
-    counts = [size[0] for size in sizes]
-    padded = sums.new_zeros((max(counts), *sums.shape[1:]))
-    padded[: sums.shape[0]] = sums
-    gathered = [torch.empty_like(padded) for _ in range(ranks)]
-    dist.all_gather(gathered, padded, group=group)
-    rows = [part[:count] for part, count in zip(gathered, counts, strict=True)]
-    return torch.cat(rows), sum(counts[:rank]), ranks
+    return sizes

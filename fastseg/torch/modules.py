@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,8 +53,8 @@ class Loss(torch.nn.Module):
         Whether gradients are averaged over the processes afterwards, as DistributedDataParallel
         does: each is then multiplied by the number of processes. False where they are added up.
     equal_samples
-        Promise that every process has as many samples in each call. Otherwise their numbers are
-        exchanged first, for which a GPU is waited for.
+        Promise that every process has as many samples, and classes, in each call. Otherwise their
+        numbers are exchanged first, for which a GPU is waited for.
 
     Attributes
     ----------
@@ -94,9 +95,21 @@ class Loss(torch.nn.Module):
                 raise ValueError('process_group needs reduction "mean" or "sum", got "none"')
 
     def __getstate__(self) -> dict[str, Any]:
-        # A process group is of this process: a copy elsewhere has the default one.
-        group = self.process_group
-        return {**self.__dict__, "process_group": None if group is None else True}
+        if self.process_group not in (None, True):
+            raise TypeError(
+                "a process_group belongs to its process: only a Loss of the default group, "
+                "process_group=True, can be pickled"
+            )
+        return self.__dict__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Loss:
+        state = {
+            name: value if name == "process_group" else copy.deepcopy(value, memo)
+            for name, value in self.__dict__.items()
+        }
+        made = Loss.__new__(type(self))
+        made.__setstate__(state)
+        return made
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

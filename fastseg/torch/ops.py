@@ -64,16 +64,11 @@ def _real(loss: Loss, logits: torch.Tensor) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def _empty(like: torch.Tensor, shape: tuple[Any, ...], dtype: torch.dtype) -> torch.Tensor:
-    made: torch.Tensor = like.new_empty(shape, dtype=dtype)
-    return made
-
-
 def _like_value(loss: Loss, logits: torch.Tensor) -> torch.Tensor:
     """Return an empty value, () or (N, C)."""
     none = loss.options.reduction == "none"
     shape = _rows(logits, loss.options.layout) if none else ()
-    return _empty(logits, shape, _real(loss, logits))
+    return logits.new_empty(shape, dtype=_real(loss, logits))
 
 
 def _tensor(array: Any) -> torch.Tensor:
@@ -98,9 +93,12 @@ def statistics(
 
 
 @statistics.register_fake
-def _(logits: Any, targets: Any, mask: Any, weight_map: Any, loss: str, track: str) -> torch.Tensor:
+def _like_sums(
+    logits: torch.Tensor, targets: Any, mask: Any, weight_map: Any, loss: str, track: str
+) -> torch.Tensor:
     rows = _rows(logits, _losses[loss].options.layout)
-    return _empty(logits, (*rows, len(columns(families_of(loss, track)))), torch.float64)
+    shape = (*rows, len(columns(families_of(loss, track))))
+    return logits.new_empty(shape, dtype=torch.float64)
 
 
 @torch.library.custom_op("fastseg::value", mutates_args=())
@@ -132,50 +130,41 @@ def _(logits: Any, targets: Any, mask: Any, weight_map: Any, sums: Any, loss: st
     return _like_value(_losses[loss], logits)
 
 
-@torch.library.custom_op("fastseg::gradient", mutates_args=())
-def gradient(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    mask: torch.Tensor | None,
-    weight_map: torch.Tensor | None,
-    sums: torch.Tensor,
-    upstream: torch.Tensor,
-    loss: str,
-    track: str,
-    first: int,
-    factor: float,
-) -> torch.Tensor:
+_GRADIENT = (
+    "logits, Tensor targets, Tensor? mask, Tensor? weight_map, Tensor sums, Tensor upstream, "
+    "str loss, str track, int first, float factor)"
+)
+
+
+@torch.library.custom_op(
+    "fastseg::gradient", mutates_args=(), schema=f"(Tensor {_GRADIENT} -> Tensor"
+)
+def gradient(*arguments: Any) -> torch.Tensor:
     """Return dL/dlogits, where L is the loss of the sums, times what comes from above."""
-    arrays = logits, targets, mask, weight_map
-    return _gradient(arrays, sums, upstream, (loss, track, first, factor), None)
+    return _gradient(None, *arguments)
 
 
-@torch.library.custom_op("fastseg::gradient_", mutates_args=("logits",))
-def gradient_(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    mask: torch.Tensor | None,
-    weight_map: torch.Tensor | None,
-    sums: torch.Tensor,
-    upstream: torch.Tensor,
-    loss: str,
-    track: str,
-    first: int,
-    factor: float,
-) -> None:
+@torch.library.custom_op(
+    "fastseg::gradient_", mutates_args=("logits",), schema=f"(Tensor(a!) {_GRADIENT} -> ()"
+)
+def gradient_(*arguments: Any) -> None:
     """As `gradient`, written over the logits."""
-    arrays = logits, targets, mask, weight_map
-    _gradient(arrays, sums, upstream, (loss, track, first, factor), logits)
+    _gradient(arguments[0], *arguments)
 
 
 def _gradient(
-    arrays: tuple[Any, ...],
+    out: torch.Tensor | None,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    mask: torch.Tensor | None,
+    weight_map: torch.Tensor | None,
     sums: torch.Tensor,
     upstream: torch.Tensor,
-    rest: tuple[str, str, int, float],
-    out: torch.Tensor | None,
+    loss: str,
+    track: str,
+    first: int,
+    factor: float,
 ) -> torch.Tensor:
-    (logits, targets, mask, weight_map), (loss, track, first, factor) = arrays, rest
     known, s = _losses[loss], statistics_of(sums, loss, track)
     count = _rows(logits, known.options.layout)[0]
     scale = upstream.detach() if factor == 1.0 else upstream.detach() * factor
@@ -219,9 +208,8 @@ def sort(
 @sort.register_fake
 def _(logits: Any, targets: Any, mask: Any, weight_map: Any, loss: str, track: str) -> Any:
     known = _losses[loss]
-    rows = _rows(logits, known.options.layout)
-    sums = _empty(logits, (*rows, len(columns(families_of(loss, track)))), torch.float64)
     grad = torch.empty_like(logits, dtype=_real(known, logits))
+    sums = _like_sums(logits, targets, mask, weight_map, loss, track)
     return _like_value(known, logits), grad, sums
 
 

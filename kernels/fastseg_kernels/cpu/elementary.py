@@ -157,6 +157,28 @@ def make_log1p(real: Real) -> Any:
     return log1p
 
 
+def _make_split(real: Real) -> Any:
+    """Return ``split(u) = (n, s)``: u = 2^n (1 + s) / (1 - s) for u in [0, 1], abs(s) <= 0.172.
+
+    Of 0 and of NaN they are numbers of no meaning.
+    """
+    T, I = real.scalar, real.integer  # noqa: E741
+    one, two, shift = T(1), T(2), I(real.fraction_bits)
+    sqrt_half = I(np.array(math.sqrt(0.5), T).view(I))
+    smallest_normal = T(np.finfo(T).tiny)
+    lift, lifted_by = T(2.0 ** (real.fraction_bits + 1)), T(real.fraction_bits + 1)
+
+    @inlined
+    def split(u):  # type: ignore[no-untyped-def]
+        subnormal = u < smallest_normal
+        bits = bits_of(u * lift if subnormal else u)
+        n = I(I(bits - sqrt_half) >> shift)
+        f = from_bits(I(bits - I(n << shift))) - one
+        return T(n) - lifted_by if subnormal else T(n), f / (two + f)
+
+    return split
+
+
 def make_power(real: Real) -> Any:
     """Return ``power(w, r) = w^r`` for w in [0, 1] and r >= 0; 1 for r = 0, NaN for a NaN of w.
 
@@ -168,27 +190,19 @@ def make_power(real: Real) -> Any:
     rounded r log(w) errs by as many units as that has.
     """
     T, I = real.scalar, real.integer  # noqa: E741
-    one, two, zero, ln2 = T(1), T(2), T(0), T(math.log(2))
+    one, zero, ln2 = T(1), T(0), T(math.log(2))
     shift, bias, nothing = I(real.fraction_bits), I(real.exponent_bias), I(0)
-    sqrt_half = I(np.array(math.sqrt(0.5), T).view(I))
-    smallest_normal = T(np.finfo(T).tiny)
-    lift, lifted_by = T(2.0 ** (real.fraction_bits + 1)), T(real.fraction_bits + 1)
     rounder, least = T(1.5 * 2.0**real.fraction_bits), T(-2 * real.exponent_bias)
+    split = _make_split(real)
     series = _horner(tuple(T(2 / (2 * k + 1) / math.log(2)) for k in range(real.atanh_terms)))
     polynomial = _horner(tuple(T(c) for c in real.exp_coefficients))
 
     @inlined
     def power(w, r):  # type: ignore[no-untyped-def]
-        subnormal = w < smallest_normal
-        v = w * lift if subnormal else w
-        bits = bits_of(v)
-        n = I(I(bits - sqrt_half) >> shift)
-        f = from_bits(I(bits - I(n << shift))) - one
-        exponent = T(n) - lifted_by if subnormal else T(n)
-        ratio = f / (two + f)
-        of_m = r * (ratio * series(ratio * ratio))  # log2 of m, times r
-        high = r * exponent
-        low = fma(r, exponent, -high)
+        n, s = split(w)
+        of_m = r * (s * series(s * s))  # log2 of m, times r
+        high = r * n
+        low = fma(r, n, -high)
         total = high + of_m
         bounded = total if total > least else least
         whole = (bounded + rounder) - rounder
@@ -207,25 +221,15 @@ def make_log(real: Real) -> Any:
 
     Maximum error: 2.51 ulp on (0, 1] in float32, 2.8 in float64.
     """
-    T, I = real.scalar, real.integer  # noqa: E741
-    one, two, zero, ln2 = T(1), T(2), T(0), T(math.log(2))
-    shift = I(real.fraction_bits)
-    sqrt_half = I(np.array(math.sqrt(0.5), T).view(I))
-    smallest_normal = T(np.finfo(T).tiny)
-    lift, lifted_by = T(2.0 ** (real.fraction_bits + 1)), T(real.fraction_bits + 1)
-    minus_infinity = T(-np.inf)
+    T = real.scalar
+    zero, ln2, minus_infinity = T(0), T(math.log(2)), T(-np.inf)
+    split = _make_split(real)
     series = _horner(tuple(T(2 / (2 * k + 1)) for k in range(real.atanh_terms)))
 
     @inlined
     def log(u):  # type: ignore[no-untyped-def]
-        subnormal = u < smallest_normal
-        v = u * lift if subnormal else u
-        bits = bits_of(v)
-        n = I(I(bits - sqrt_half) >> shift)
-        f = from_bits(I(bits - I(n << shift))) - one
-        exponent = T(n) - lifted_by if subnormal else T(n)
-        ratio = f / (two + f)
-        value = fma(ratio, series(ratio * ratio), fma(exponent, ln2, zero * u))
+        n, s = split(u)
+        value = fma(s, series(s * s), fma(n, ln2, zero * u))
         return minus_infinity if u == zero else value
 
     return log

@@ -258,7 +258,7 @@ def make_find(activation: str, targets: str, measure: str, real: Real) -> Any:
 
 @cache
 def count_kernel(real_name: str, activation: str, targets: str, measure: str) -> Kernel:
-    """Compile ``count(job, voxels, tally)``: add voxels to the words of one histogram."""
+    """Compile ``count(job, voxels, index)``: add voxels to the words of one histogram."""
     real = REALS[real_name]
     I = real.integer  # noqa: E741
     with_sums = measure in ("hinge", "errors")
@@ -281,12 +281,12 @@ def count_kernel(real_name: str, activation: str, targets: str, measure: str) ->
         wide_vectors()
         job = carray(pointer_to(job_address, JOB), 1)[0]
         voxels = carray(pointer_to(voxels_address, VOXELS), 1)[0]
-        tally = job.tallies[index]
-        words = pointer_to(voxels.words + 8 * tally.first_word, np.int64)
+        own = job.tallies[index]
+        words = pointer_to(voxels.words + 8 * own.first_word, np.int64)
         if voxels.flush_row >= 0:
-            column = job.counted_columns * voxels.flush_row + tally.first_column
-            flush(words, pointer_to(job.counts + 8 * column, np.int64), tally.bins)
-        bins = bins_of(tally.bins, tally.octave_bits, tally.lowest)
+            column = job.counted_columns * voxels.flush_row + own.first_column
+            flush(words, pointer_to(job.counts + 8 * column, np.int64), own.bins)
+        bins = bins_of(own.bins, own.octave_bits, own.lowest)
         places, parts = stack_array(CHUNK, I), stack_array(CHUNK, I)
         for start in range(0, voxels.count, CHUNK):
             here = min(CHUNK, voxels.count - start)
@@ -300,7 +300,7 @@ def count_kernel(real_name: str, activation: str, targets: str, measure: str) ->
 
 @cache
 def look_up_kernel(real_name: str, activation: str, targets: str, measure: str) -> Kernel:
-    """Compile ``look_up(job, voxels, tally)``: add the slopes of a Lovasz term to ``voxels.out``.
+    """Compile ``look_up(job, voxels, index)``: add the slopes of a Lovasz term to ``voxels.out``.
 
     They are those of the words, as `signed_slopes` writes them.
     """
@@ -313,9 +313,9 @@ def look_up_kernel(real_name: str, activation: str, targets: str, measure: str) 
         wide_vectors()
         job = carray(pointer_to(job_address, JOB), 1)[0]
         voxels = carray(pointer_to(voxels_address, VOXELS), 1)[0]
-        tally = job.tallies[index]
-        slopes = pointer_to(job.signed + size * (2 + 2 * tally.bins) * voxels.row, T)
-        bins = bins_of(tally.bins, tally.octave_bits, tally.lowest)
+        own = job.tallies[index]
+        slopes = pointer_to(job.signed + size * (2 + 2 * own.bins) * voxels.row, T)
+        bins = bins_of(own.bins, own.octave_bits, own.lowest)
         places, parts = stack_array(CHUNK, I), stack_array(CHUNK, I)
         for start in range(0, voxels.count, CHUNK):
             here = min(CHUNK, voxels.count - start)
@@ -336,6 +336,17 @@ def tally(job, job_address, voxels):  # type: ignore[no-untyped-def]
 def is_full(group, counted, in_words, count):  # type: ignore[no-untyped-def]
     """Tell whether the words of ``counted`` (-1: none) are flushed before more are counted."""
     return counted >= 0 and (group != counted or in_words + count > MOST_VOXELS)
+
+
+@function
+def flush_rows(job, job_address, voxels_address, words, first_row, rows):  # type: ignore[no-untyped-def]
+    """Add the words of a task's last rows to their counts."""
+    voxels = carray(pointer_to(voxels_address, VOXELS), 1)[0]
+    voxels.count, voxels.left_out = 0, 0
+    for k in range(rows):
+        voxels.words = words + 8 * job.row_words * k
+        voxels.flush_row = first_row + k
+        tally(job, job_address, voxels_address)
 
 
 def _fill(record: Any, histogram: Histogram, kernel: Kernel) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from fastseg_kernels.constants import BASE_COLUMNS, COEFFICIENTS, columns
 from fastseg_kernels.cpu.compiled import Kernel, function
 from fastseg_kernels.cpu.elementary import REALS, Real
-from fastseg_kernels.cpu.histograms import PIECE, VOXELS, is_full, tally
+from fastseg_kernels.cpu.histograms import PIECE, VOXELS, flush_rows, is_full, tally
 from fastseg_kernels.cpu.intrinsics import (
     add_atomically,
     address_of,
@@ -176,11 +176,8 @@ def statistics_kernel(variant: Variant) -> Kernel:
                 counted_row, in_words = first_row, count if full else in_words + count
                 voxel += count
         if job.tallied != 0 and counted_row >= 0:
-            voxels.count, voxels.left_out = 0, 0
-            for k in range(job.inner_classes):
-                voxels.words = words + 8 * job.row_words * k
-                voxels.flush_row = counted_row + k
-                tally(job, job_address, address_of(voxels_pointer))
+            ask_address = address_of(voxels_pointer)
+            flush_rows(job, job_address, ask_address, words, counted_row, job.inner_classes)
 
     return Kernel(statistics, variant.name("statistics"))
 

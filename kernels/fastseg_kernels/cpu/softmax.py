@@ -37,7 +37,7 @@ import numpy as np
 from fastseg_kernels.constants import COEFFICIENTS, columns
 from fastseg_kernels.cpu.compiled import Kernel, function
 from fastseg_kernels.cpu.elementary import REALS
-from fastseg_kernels.cpu.histograms import VOXELS, is_full, tally
+from fastseg_kernels.cpu.histograms import VOXELS, flush_rows, is_full
 from fastseg_kernels.cpu.intrinsics import (
     add_atomically,
     address_of,
@@ -148,11 +148,8 @@ def statistics_kernel(variant: Variant) -> Kernel:
                         row = pointer_to(ask.p + c * ask.tile * size, T)
                         sums[at_invalid] += count_invalid(row, keep, ask.tile, ask.count)
         if job.tallied != 0 and counted_row >= 0:
-            voxels.count, voxels.left_out = 0, 0
-            for c in range(job.classes):
-                voxels.words = words + 8 * job.row_words * c
-                voxels.flush_row = counted_row + c
-                tally(job, job_address, address_of(voxels_pointer))
+            ask_address = address_of(voxels_pointer)
+            flush_rows(job, job_address, ask_address, words, counted_row, job.classes)
 
     return Kernel(statistics, variant.name("statistics"))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastseg_kernels.constants import COEFFICIENTS
+from fastseg_kernels.constants import COEFFICIENT_NAMES, COEFFICIENTS
 from fastseg_kernels.cpu.compiled import function, inlined, pasted
 from fastseg_kernels.cpu.elementary import Real, make_log1p
 from fastseg_kernels.cpu.histograms import VOXELS, tally
@@ -32,6 +32,10 @@ from fastseg_kernels.cpu.softmax_walk import (
     make_exponential,
     make_slope,
     make_walk,
+)
+
+BELOW, ABOVE, SQUARE, FOCAL, GAMMA = (
+    COEFFICIENT_NAMES.index(name) for name in ("below", "above", "square", "focal_target", "gamma")
 )
 
 
@@ -85,11 +89,11 @@ def make_tile_gradient(variant: Variant, real: Real, of_errors: bool = False) ->
         x, x_step, e, p, shares, tile, classes, weight, k, scaled, left, tops
     ):
         """Fill T_c = p_c (a_c + focal_c u_c), of soft targets."""
-        gamma = k[11 * classes]
+        gamma = k[GAMMA * classes]
         for c in range(classes):
             row, e_row = pointer_to(x + c * x_step, T), pointer_to(e + c * tile * size, T)
             share, out = pointer_to(p + c * tile * size, T), pointer_to(shares + c * tile * size, T)
-            a, of_focal = k[2 * classes + c], k[9 * classes + c]
+            a, of_focal = k[2 * classes + c], k[FOCAL * classes + c]
             for i in range(tile):
                 logit = row[i] if weight[i] != zero else zero
                 below = zero if logit == tops.top[i] else tops.top[i] - logit
@@ -101,7 +105,7 @@ def make_tile_gradient(variant: Variant, real: Real, of_errors: bool = False) ->
     @pasted
     def sharpen(own, pull, focal_pull, tile, classes, k, scaled, left, tops):  # type: ignore[no-untyped-def]
         """Add focal_t u_t to the weight of the target's class, where targets are indices."""
-        gamma = k[11 * classes]
+        gamma = k[GAMMA * classes]
         for i in range(tile):
             e_own = exponential(own[i], own[i] == tops.top[i], tops, i)
             below = zero if own[i] == tops.top[i] else tops.top[i] - own[i]
@@ -154,7 +158,11 @@ def make_tile_gradient(variant: Variant, real: Real, of_errors: bool = False) ->
             e_row, share = pointer_to(e + c * tile * size, T), pointer_to(p + c * tile * size, T)
             h_row, label = pointer_to(h + c * tile * size, T), I(c)
             steep, flat = k[c], k[classes + c]
-            below, above, square = k[4 * classes + c], k[5 * classes + c], k[6 * classes + c]
+            below, above, square = (
+                k[BELOW * classes + c],
+                k[ABOVE * classes + c],
+                k[SQUARE * classes + c],
+            )
             for i in range(tile):
                 is_target = is_same(target[i], label)
                 part = zero if indexed else share[i]
@@ -213,7 +221,7 @@ def make_tile_gradient(variant: Variant, real: Real, of_errors: bool = False) ->
         mine = pointer_to(address_of(k) + 2 * classes * size, T)
         everyone = pointer_to(address_of(k) + 3 * classes * size, T)
         rest_of_all = pointer_to(address_of(k) + COEFFICIENTS * classes * size, T)
-        of_focal_ce = pointer_to(address_of(k) + 9 * classes * size, T)
+        of_focal_ce = pointer_to(address_of(k) + FOCAL * classes * size, T)
         units = stack_array(MOST_CLASSES, T)
         if with_shares:
             for c in range(classes):

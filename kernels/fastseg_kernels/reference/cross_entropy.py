@@ -21,6 +21,17 @@ def _times(factor: NDArray[np.float64], term: NDArray[np.float64]) -> NDArray[np
     return factor * np.where(factor == 0, 0, term)
 
 
+def _logs(q: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return log q and log(1 - q), clamped."""
+    with np.errstate(divide="ignore"):  # log 0 = -inf
+        return np.maximum(np.log(q), LOG_FLOOR), np.maximum(np.log1p(-q), LOG_FLOOR)
+
+
+def _both(alpha: float | None) -> tuple[float, float]:
+    """Return the factors of the foreground and of the background."""
+    return (1.0, 1.0) if alpha is None else (alpha, 1.0 - alpha)
+
+
 def bce_with_logits(
     logits: ArrayLike, targets: ArrayLike, pos_weight: ArrayLike = 1.0
 ) -> NDArray[np.float64]:
@@ -96,9 +107,7 @@ def bce(probs: ArrayLike, targets: ArrayLike, pos_weight: ArrayLike = 1.0) -> ND
     q = np.asarray(probs, dtype=np.float64)
     p = np.asarray(targets, dtype=np.float64)
     w = np.asarray(pos_weight, dtype=np.float64)
-    with np.errstate(divide="ignore"):  # log 0 = -inf, clamped
-        log_q = np.maximum(np.log(q), LOG_FLOOR)
-        log_1_minus_q = np.maximum(np.log1p(-q), LOG_FLOOR)
+    log_q, log_1_minus_q = _logs(q)
     return w * p * -log_q + (1 - p) * -log_1_minus_q
 
 
@@ -125,12 +134,6 @@ def bce_gradient(
     p = np.asarray(targets, dtype=np.float64)
     w = np.asarray(pos_weight, dtype=np.float64)
     return (-w * p * (1 - q) + (1 - p) * q) / np.maximum(q * (1 - q), DENOMINATOR_FLOOR)
-
-
-def _power(base: NDArray[np.float64], exponent: float) -> NDArray[np.float64]:
-    """Return base^exponent, 1 for 0^0."""
-    result: NDArray[np.float64] = np.power(base, exponent)
-    return result
 
 
 def focal_bce_with_logits(
@@ -167,10 +170,10 @@ def focal_bce_with_logits(
     """
     x = np.asarray(logits, dtype=np.float64)
     p = np.asarray(targets, dtype=np.float64)
-    on, off = (1.0, 1.0) if alpha is None else (alpha, 1.0 - alpha)
+    on, off = _both(alpha)
     right, wrong = sigmoid(x), sigmoid(-x)
-    of_target = _power(wrong, gamma) * np.where(wrong == 0, 0, softplus(-x))
-    of_other = _power(right, gamma) * np.where(right == 0, 0, softplus(x))
+    of_target = np.power(wrong, gamma) * np.where(wrong == 0, 0, softplus(-x))
+    of_other = np.power(right, gamma) * np.where(right == 0, 0, softplus(x))
     return _times(on * p, of_target) + _times(off * (1 - p), of_other)
 
 
@@ -192,12 +195,12 @@ def focal_bce_with_logits_gradient(
     """
     x = np.asarray(logits, dtype=np.float64)
     p = np.asarray(targets, dtype=np.float64)
-    on, off = (1.0, 1.0) if alpha is None else (alpha, 1.0 - alpha)
+    on, off = _both(alpha)
 
     def slope(z: NDArray[np.float64]) -> NDArray[np.float64]:
         wrong, right = sigmoid(z), sigmoid(-z)
         moved = gamma * _times(right, softplus(z))
-        return _power(wrong, gamma) * (moved + wrong)
+        return np.power(wrong, gamma) * (moved + wrong)
 
     return off * (1 - p) * slope(x) - on * p * slope(-x)
 
@@ -214,10 +217,9 @@ def focal_bce(
     """
     q = np.asarray(probs, dtype=np.float64)
     p = np.asarray(targets, dtype=np.float64)
-    on, off = (1.0, 1.0) if alpha is None else (alpha, 1.0 - alpha)
-    with np.errstate(divide="ignore"):  # log 0 = -inf, clamped
-        low, high = np.maximum(np.log(q), LOG_FLOOR), np.maximum(np.log1p(-q), LOG_FLOOR)
-    return on * p * _power(1 - q, gamma) * -low + off * (1 - p) * _power(q, gamma) * -high
+    on, off = _both(alpha)
+    low, high = _logs(q)
+    return on * p * np.power(1 - q, gamma) * -low + off * (1 - p) * np.power(q, gamma) * -high
 
 
 def focal_bce_gradient(
@@ -234,11 +236,10 @@ def focal_bce_gradient(
     """
     q = np.asarray(probs, dtype=np.float64)
     p = np.asarray(targets, dtype=np.float64)
-    on, off = (1.0, 1.0) if alpha is None else (alpha, 1.0 - alpha)
-    with np.errstate(divide="ignore"):
-        low, high = np.maximum(np.log(q), LOG_FLOOR), np.maximum(np.log1p(-q), LOG_FLOOR)
-    of_target = _power(1 - q, gamma) * (gamma * q * -low + (1 - q))
-    of_other = _power(q, gamma) * (gamma * (1 - q) * -high + q)
+    on, off = _both(alpha)
+    low, high = _logs(q)
+    of_target = np.power(1 - q, gamma) * (gamma * q * -low + (1 - q))
+    of_other = np.power(q, gamma) * (gamma * (1 - q) * -high + q)
     of_logit = off * (1 - p) * of_other - on * p * of_target
     return of_logit / np.maximum(q * (1 - q), DENOMINATOR_FLOOR)
 
