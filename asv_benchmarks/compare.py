@@ -450,7 +450,7 @@ def main() -> None:
     notes: list[str] = []
     result: dict[str, Any] = {"machine": machine()}  # before the load is ours
     result["losses"] = compare_losses(sizes, rounds, notes)
-    several = ((4, 64),) if options.quick else ((4, 128), (16, 128))
+    several = ((4, 64),) if options.quick else ((4, 128), (16, 128), (4, 256))
     result["classes"] = compare_classes(several, rounds, notes)
     result["lovasz"] = compare_lovasz(64 if options.quick else 128, min(rounds, 7), notes)
     result["adam"] = compare_adam(lists, rounds)
