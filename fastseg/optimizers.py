@@ -1,9 +1,8 @@
 """Optimisers: gradient descent, momentum and Adam, in place on lists of arrays.
 
 One step is one pass over memory and one parallel region for the whole list, however many arrays
-it has; the gradients may be scaled and zeroed in that pass. What can go wrong is checked before
-anything is written. Checking takes milliseconds where there are thousands of arrays, so the check
-is remembered for as long as the same gradient objects come again (see `HELD_BYTES`).
+it has; the gradients may be scaled and zeroed in that pass, and be read once before it to clip
+their norm. What can go wrong is checked before anything is written (see `fastseg.updater`).
 """
 
 from __future__ import annotations
@@ -15,32 +14,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fastseg.dispatch import UpdateTable, backend_of
-from fastseg.libraries import device_number, library_of
-from fastseg.parameters import (
-    Gradients,
-    _layout,
-    _view_bytes,
-    as_list,
-    check_grads,
-    check_params,
-    checked_number,
-    in_shape,
-    is_same,
-    may_move,
-    places_of,
-    watched_tensors,
-)
+from fastseg.dispatch import cpu
+from fastseg.parameters import as_list, check_state_dtype, checked_max_norm, checked_number
+from fastseg.updater import Updater, widest
 from fastseg_kernels import updates
-from fastseg_kernels.updates import Rule
-from fastseg_kernels.views import View
-
-HELD_BYTES = 64 * 2**20
-"""Gradients of the last step are held, so that they can be recognised, up to this size together.
-Larger ones are checked anew at each step: keeping them alive could cost the caller as much memory
-as the parameters, and beside a pass over them the check is short."""
+from fastseg_kernels.updates import Guard, Rule
 
 FORMS = ("source", "pytorch")
+NOTHING = 0.0
+UNGUARDED = Guard()
 
 
 class _Optimizer:
@@ -52,34 +34,29 @@ class _Optimizer:
     lr: float
     weight_decay: float
 
-    def __init__(self, params: Any, **values: Any) -> None:
+    def __init__(
+        self,
+        params: Any,
+        state_dtype: str | None = None,
+        capturable: bool = False,
+        **values: Any,
+    ) -> None:
         values = self._checked(values)
+        check_state_dtype(state_dtype)
         self.params = tuple(as_list(params))
         """The arrays that are updated."""
-        self._steps = 0
-        self._counter: Any = None  # of the steps, in the backend's memory: Adam's, if capturable
         if not self.params:
             raise ValueError("params must have at least one array, got none")
         for name, value in values.items():
             setattr(self, name, value)
-        self._views, self._memory = check_params(self.params)
-        self._libraries = [library_of(param, "params") for param in self.params]
-        self._counting = [  # arrays whose library counts writes, as autograd does
-            (i, library.written)
-            for i, library in enumerate(self._libraries)
-            if library.name not in ("numpy", "cupy")
-        ]
-        self._may_move = may_move(self._libraries)
-        self._watched = watched_tensors(self.params)
-        self._places = places_of(self._watched)
-        self._backend = backend_of(self._libraries[0], self.params[0])
-        self._device = self._libraries[0].device(self.params[0])
-        self._states = {  # of each array, its elements in the memory order of the parameter
-            name: [self._backend.state_like(view, k) for view in self._views]
-            for k, name in enumerate(self._state_names)
-        }
-        self._table: UpdateTable | None = None
-        self._last: Gradients | None = None
+        self._steps = 0
+        self._updater = Updater(self.params, self._names(), state_dtype)
+        self._backend = self._updater.backend
+        self._counter: Any = None  # of the steps, in the memory of the GPU
+        if capturable:
+            if self._updater.device == "cpu":
+                raise ValueError("capturable=True is for params on a GPU, got params on the CPU")
+            self._counter = self._backend.counter(0)
 
     def step(
         self,
@@ -88,6 +65,10 @@ class _Optimizer:
         lr: Any = None,
         grad_scale: Any = 1.0,
         zero_grads: bool = False,
+        max_norm: float | None = None,
+        skip_non_finite: bool = False,
+        grad_norm: Any = None,
+        found_inf: Any = NOTHING,
     ) -> None:
         """Update the parameters in place.
 
@@ -104,6 +85,17 @@ class _Optimizer:
             checked.
         zero_grads : bool
             Write zeros to the gradients in the same pass, once they are read.
+        max_norm : float, optional
+            Clip: where the norm of all scaled gradients together is larger, they are shortened to
+            it (infinite: never). Costs one more reading of the gradients.
+        skip_non_finite : bool
+            Drop the step, which then does not count, where that norm is not finite, as it is not
+            where a gradient is not. Costs the same reading, once for both.
+        grad_norm : float, or an array of one number on the GPU, optional
+            The norm of the gradients before they are scaled, if it is known, as `grad_norm` returns
+            it. Combine it over optimisers, or over processes: the root of the sum of squares.
+        found_inf : float, or an array of one number on the GPU
+            Drop the step unless this is 0, as gradient scalers ask for.
 
         Raises
         ------
@@ -113,45 +105,99 @@ class _Optimizer:
         ValueError
             A wrong number of gradients, another shape or other strides, memory shared with a
             parameter, a number outside its range.
+        RuntimeError
+            While a CUDA graph is recorded: a step whose number matters, or that may be dropped,
+            and the steps are not counted on the GPU yet (``capturable=True``).
 
         Notes
         -----
         A gradient that was checked at the last step is not looked at again while it has the same
-        memory: one whose strides were changed in place since (``grad.t_()``) goes unnoticed.
+        memory: a NumPy or CuPy array whose shape or strides were set since goes unnoticed.
 
-        After an error nothing has changed. Values are not looked at: a gradient that is not finite
-        makes its parameter and state NaN or infinite, and other elements are not touched by it.
+        After an error nothing has changed. Unless ``skip_non_finite`` is set, a gradient that is
+        not finite makes its parameter and state NaN or infinite, and other elements are not touched
+        by it. A step that is dropped still zeroes the gradients if it is asked to. On a GPU nobody
+        waits to learn whether it was dropped; the steps are counted there from then on.
+
+        The norm is added up in float64: of float64 gradients beyond 1e154 it is infinite.
         """
-        values = self._current()
+        values, number = self._current(), self._updater.number
         if lr is not None:
-            values["lr"] = self._number("lr", lr, at_least=0)
-        scale, zero_grads = self._number("grad_scale", grad_scale), bool(zero_grads)
+            values["lr"] = number("lr", lr, at_least=0)
+        scale, zero_grads = number("grad_scale", grad_scale), bool(zero_grads)
         grads = as_list(grads)
-        table = self._point_table(grads, zero_grads)
-        recording = self._backend.is_recording()
-        if values.get("form") == "pytorch" and self._steps == 0 and recording:
-            raise RuntimeError(
-                "a graph would repeat the first step, which has no momentum; take it before "
-                "recording"
+        guard = UNGUARDED
+        if not (max_norm is grad_norm is None and found_inf is NOTHING and not skip_non_finite):
+            guard = Guard(
+                None
+                if grad_norm is None
+                else number("grad_norm", grad_norm, at_least=0, finite=False),
+                inf if max_norm is None else checked_max_norm(max_norm),
+                bool(skip_non_finite),
+                number("found_inf", found_inf, finite=False),
             )
+        table = self._updater.point_table(grads, zero_grads)
+        recording = self._backend.is_recording()
+        if guard is not UNGUARDED:
+            self._count_where_steps_are_dropped(guard, recording)
+            if grad_norm is None and (max_norm is not None or guard.skip_non_finite):
+                guard = guard._replace(norm=table.norm())
         step = self._steps + 1 if self._counter is None else self._counter
-        table.update(self._rule(values, self._steps + 1), step, values["lr"], scale, zero_grads)
-        self._steps += not recording  # a step that is recorded is not taken yet
-        for arrays in (self.params, grads) if zero_grads else (self.params,):
-            for i, written in self._counting:
-                written(arrays[i])
-        for number in (values["lr"], scale):
-            if type(number) is View:
-                library_of(number.owner, "lr").used((number.owner,))
-        if self._may_move and not zero_grads:
-            for library, grad in zip(self._libraries, grads, strict=True):
-                library.used((grad,))
+        rule, lr = self._rule(values), values["lr"]
+        taken = self._updater.step(table, grads, rule, step, lr, scale, zero_grads, guard)
+        self._steps += taken and not recording  # a step that is recorded is not taken yet
+
+    def _count_where_steps_are_dropped(self, guard: Guard, recording: bool) -> None:
+        """Count the steps on the GPU from now on, if this one may be dropped there."""
+        may_drop = guard.skip_non_finite or not isinstance(guard.found_inf, float)
+        if not may_drop or self._counter is not None or self._backend is cpu():
+            return  # the CPU says so
+        if recording:
+            raise RuntimeError(
+                "a step that may be dropped is counted on the GPU; take one before recording, or "
+                "make the optimiser with capturable=True"
+            )
+        self._counter = self._backend.counter(self._steps)
+
+    def grad_norm(self, grads: Any) -> Any:
+        """Return the norm of all gradients together, as `step` clips it if ``grad_scale`` is 1.
+
+        Parameters
+        ----------
+        grads : sequence of arrays, or one array
+            As for `step`.
+
+        Returns
+        -------
+        float, or on a GPU a 0-d array, float64
+            Nobody waits for the latter.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `step`.
+
+        Examples
+        --------
+        >>> import numpy as np, fastseg as fs
+        >>> grads = [np.array([3.0]), np.array([[4.0]])]
+        >>> opt = fs.GradientDescent([np.zeros(1), np.zeros((1, 1))], lr=1.0)
+        >>> norm = opt.grad_norm(grads)
+        >>> norm
+        5.0
+        >>> opt.step(grads, max_norm=1.0, grad_norm=norm)
+        >>> opt.params[1]
+        array([[-0.8]])
+        """
+        norm = self._updater.point_table(as_list(grads), False).norm()
+        return norm if isinstance(norm, float) else norm.reshape(())
 
     @property
     def step_count(self) -> int:
-        """How many steps were taken; with ``capturable``, asking waits for the GPU.
+        """How many steps were taken. Where they are counted on the GPU, asking waits for it.
 
-        Those that a graph repeats are counted with ``capturable`` alone.
+        They are with ``capturable``, and from the first step on that may be dropped; only there are
+        those counted that a graph repeats.
         """
         return (
             self._steps if self._counter is None else int(self._backend.to_host(self._counter)[0])
@@ -170,23 +216,23 @@ class _Optimizer:
         -------
         dict
             ``optimizer`` (the name of the class), ``step`` (int, steps taken), the
-            hyper-parameters, and for each state (``velocity``, or ``exp_avg`` and ``exp_avg_sq``)
-            a list of NumPy arrays, one per parameter, of its shape and dtype; those of a GPU are
-            copied to the host.
+            hyper-parameters, and for each state (``velocity``, or ``exp_avg``, ``exp_avg_sq``, and
+            ``max_exp_avg_sq``) a list of NumPy arrays, one per parameter, of its shape; those of a
+            GPU are copied to the host, and load there or here. They have the dtype of the
+            parameter, float32 for one of 2 bytes, for which ``master_param`` has the master (None
+            for others; 0 before the first step: a master that, rounded, is not its parameter does
+            not count).
 
         Notes
         -----
         It pickles. For `numpy.savez`, give every array of a list a name of its own, as in
-        ``{f"exp_avg_{i}": array for i, array in enumerate(state["exp_avg"])}``; what else it holds
-        may be saved as it is, and comes back as arrays, which `load_state_dict` takes.
+        ``{f"exp_avg_{i}": array for i, array in enumerate(state["exp_avg"])}``, leaving out what is
+        None; what else it holds may be saved as it is, and comes back as arrays, which
+        `load_state_dict` takes.
         """
         state: dict[str, Any] = {"optimizer": type(self).__name__, "step": self.step_count}
         state.update(self._current())
-        for name, arrays in self._states.items():
-            on_host = map(self._backend.to_host, arrays)
-            pairs = zip(on_host, self._views, strict=True)
-            state[name] = [in_shape(flat, view).copy(order="K") for flat, view in pairs]
-        return state
+        return state | {name: self._updater.to_host(name) for name in self._updater.states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state that `state_dict` returned, hyper-parameters included.
@@ -201,13 +247,14 @@ class _Optimizer:
         TypeError, ValueError
             Something in ``state`` does not fit; nothing has changed then.
         """
-        names = ("optimizer", "step", *self._hyperparameters, *self._state_names)
+        states, views = self._updater.states, self._updater.views
+        names = ("optimizer", "step", *self._hyperparameters, *states)
         if set(state) != set(names):
             raise ValueError(f"state must have the keys {', '.join(names)}, got {', '.join(state)}")
         plain = {  # numpy.savez makes arrays of numbers
             name: value.tolist() if isinstance(value, np.ndarray) else value
             for name, value in state.items()
-            if name not in self._state_names
+            if name not in states
         }
         optimizer, step = plain.pop("optimizer"), plain.pop("step")
         if optimizer != type(self).__name__:
@@ -215,36 +262,36 @@ class _Optimizer:
         if not isinstance(step, Integral) or step < 0:
             raise ValueError(f"state['step'] must be an integer of at least 0, got {step!r}")
         values = self._checked(plain)
-        for name, arrays in self._states.items():
+        self._check_states(values)
+        for name, arrays in states.items():
             loaded = state[name]
             if len(loaded) != len(arrays):
                 raise ValueError(
                     f"state['{name}'] must have one array per param ({len(arrays)}), "
                     f"got {len(loaded)}"
                 )
-            on_host = map(np.asarray, loaded)
-            for i, (view, other) in enumerate(zip(self._views, on_host, strict=True)):
+            for i, (view, flat) in enumerate(zip(views, arrays, strict=True)):
+                if flat is None:
+                    continue
+                other = np.asarray(loaded[i])
                 if other.shape != view.shape:
                     raise ValueError(
                         f"state['{name}'][{i}] must have shape {view.shape} as params[{i}], "
                         f"got {other.shape}"
                     )
-                if other.dtype != view.dtype:
+                if other.dtype != (dtype := widest(view.dtype)):
                     raise TypeError(
-                        f"state['{name}'][{i}] must have dtype {view.dtype} as params[{i}], "
-                        f"got {other.dtype}"
+                        f"state['{name}'][{i}] must have dtype {dtype} for params[{i}], which has "
+                        f"{view.dtype}, got {other.dtype}"
                     )
-        for name, arrays in self._states.items():
-            for array, view, other in zip(arrays, self._views, state[name], strict=True):
-                flat = np.empty(prod(view.shape), view.dtype)
-                in_shape(flat, view)[...] = other
-                self._backend.from_host(array, flat)
+        for name in states:
+            self._updater.from_host(name, state[name])
         for name, value in values.items():
             setattr(self, name, value)
         self.step_count = int(step)
 
     def __repr__(self) -> str:
-        size = sum(prod(view.shape) for view in self._views)
+        size = sum(prod(view.shape) for view in self._updater.views)
         count = len(self.params)
         values = [f"{name}={getattr(self, name)!r}" for name in self._hyperparameters]
         arrays = f"<{count} array{'s' * (count != 1)}, {size:,} elements>"
@@ -259,7 +306,12 @@ class _Optimizer:
 
     def _current(self) -> dict[str, Any]:
         """Return the hyper-parameters; attributes may have been set to anything."""
-        return self._checked({name: getattr(self, name) for name in self._hyperparameters})
+        values = self._checked({name: getattr(self, name) for name in self._hyperparameters})
+        self._check_states(values)
+        return values
+
+    def _check_states(self, values: Mapping[str, Any]) -> None:
+        """Raise if these hyper-parameters need other states than there are."""
 
     @classmethod
     def _checked(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,54 +321,14 @@ class _Optimizer:
             checked[name] = checked_number(name, values[name], at_least=0)
         return checked
 
+    def _names(self) -> tuple[str, ...]:
+        """Return the names of the states."""
+        return self._state_names
+
     @staticmethod
-    def _rule(values: Mapping[str, Any], step: int) -> Rule:
-        """Return the rule with these hyper-parameters; ``step`` is 1 at the first."""
+    def _rule(values: Mapping[str, Any]) -> Rule:
+        """Return the rule with these hyper-parameters."""
         raise NotImplementedError
-
-    def _number(self, name: str, value: Any, *, at_least: float = -inf) -> Any:
-        """Return a number that was checked, or a view of one on the device of the parameters."""
-        if isinstance(value, float | int):
-            return checked_number(name, value, at_least=at_least)
-        view = device_number(self._backend, value, name)
-        if view is None:
-            return checked_number(name, value, at_least=at_least)
-        if prod(view.shape) != 1:
-            raise ValueError(f"{name} must be one number, got an array of shape {view.shape}")
-        return view
-
-    def _point_table(self, grads: list[Any], zero_grads: bool) -> UpdateTable:
-        """Return the table, pointed at the parameters and at ``grads`` after checking both."""
-        places = places_of(self._watched)
-        moved = places != self._places or self._may_move
-        if self._table is not None and not moved and is_same(self._last, grads, zero_grads):
-            return self._table
-        self._last = None
-        views, memory = check_params(self.params) if moved else (self._views, self._memory)
-        now = self._libraries[0].device(self.params[0])
-        if now != self._device:
-            raise ValueError(
-                f"params were on {self._device} and are on {now} now, where the states are not; "
-                "make a new optimiser"
-            )
-        for i, (view, old) in enumerate(zip(views, self._views, strict=True)):
-            if moved and (_layout(view), view.dtype) != (_layout(old), old.dtype):
-                raise ValueError(
-                    f"params[{i}] had dtype {old.dtype}, shape {old.shape} and strides "
-                    f"{old.strides} and has now {view.dtype}, {view.shape} and {view.strides}; "
-                    "make a new optimiser"
-                )
-        grad_views = check_grads(grads, views, memory, self._libraries, self._device, zero_grads)
-        if self._table is None:
-            self._table = self._backend.update_table(views, list(self._states.values()))
-        self._views, self._memory, self._places = views, memory, places
-        self._table.set_params(views)
-        self._table.set_grads(grad_views)
-        watched = watched_tensors(grads)
-        holds_graph = any(tensor.requires_grad for tensor in watched)  # and all that it saved
-        if sum(map(_view_bytes, grad_views)) <= HELD_BYTES and not holds_graph:
-            self._last = Gradients(list(grads), watched, places_of(watched), zero_grads)
-        return self._table
 
 
 class GradientDescent(_Optimizer):
@@ -328,8 +340,8 @@ class GradientDescent(_Optimizer):
     ----------
     params : sequence of arrays, or one array
         Parameters, written in place: NumPy or CuPy arrays or torch tensors, all on one device,
-        float32 or float64, any shapes, each one run of memory (C order, Fortran order, channels
-        last, ...).
+        float16, bfloat16, float32 or float64, any shapes, each one run of memory (C order, Fortran
+        order, channels last, ...).
     lr : float
         Step size, at least 0. A plain attribute: schedules set it.
     weight_decay : float
@@ -350,6 +362,10 @@ class GradientDescent(_Optimizer):
     of the added terms, and has the same bits whatever the number of threads. torch.optim.SGD with
     momentum=0 is the same rule.
 
+    A float16 or bfloat16 parameter has a float32 master, which is what is updated; the parameter is
+    the master, rounded. Where it is not, it was written by somebody else since the last step (a
+    checkpoint was loaded, a weight clamped), and the master takes its value over.
+
     Examples
     --------
     >>> import numpy as np, fastseg as fs
@@ -366,7 +382,7 @@ class GradientDescent(_Optimizer):
         super().__init__(params, lr=lr, weight_decay=weight_decay)
 
     @staticmethod
-    def _rule(values: Mapping[str, Any], step: int) -> Rule:
+    def _rule(values: Mapping[str, Any]) -> Rule:
         return updates.gradient_descent(weight_decay=values["weight_decay"])
 
 
@@ -398,6 +414,10 @@ class Momentum(_Optimizer):
         theta - eta (g + gamma v).
     weight_decay : float
         L2 penalty: g + weight_decay theta stands for g.
+    state_dtype : "bfloat16", optional
+        Keep the velocity in 2 bytes; see `Adam`.
+    capturable : bool
+        Count the steps on the GPU: dampened, the first step is another than the rest.
 
     Raises
     ------
@@ -445,9 +465,13 @@ class Momentum(_Optimizer):
         dampening: float = 0.0,
         nesterov: bool = False,
         weight_decay: float = 0.0,
+        state_dtype: str | None = None,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
             params,
+            state_dtype,
+            capturable,
             lr=lr,
             gamma=gamma,
             form=form,
@@ -473,12 +497,12 @@ class Momentum(_Optimizer):
         return checked
 
     @staticmethod
-    def _rule(values: Mapping[str, Any], step: int) -> Rule:
+    def _rule(values: Mapping[str, Any]) -> Rule:
         gamma, nesterov, decay = values["gamma"], values["nesterov"], values["weight_decay"]
         if values["form"] == "source":
             return updates.momentum(gamma, nesterov, weight_decay=decay)
         dampening = values["dampening"]
-        return updates.momentum_pytorch(step == 1, gamma, dampening, nesterov, weight_decay=decay)
+        return updates.momentum_pytorch(gamma, dampening, nesterov, weight_decay=decay)
 
 
 class Adam(_Optimizer):
@@ -501,11 +525,18 @@ class Adam(_Optimizer):
         At least 0; outside the square root, beside the corrected v (Keras' epsilon is not).
     weight_decay : float
         Decay of the parameters, 0 in the paper.
-    capturable : bool
-        Count the steps on the GPU, so that a step may be recorded into a CUDA graph.
     decoupled_weight_decay : bool
         False: an L2 penalty, g + weight_decay theta stands for g. True (AdamW): the old parameter
         is decayed first, theta - eta weight_decay theta, and the moments do not see it.
+    amsgrad : bool
+        Put the largest v so far in the place of v.
+    state_dtype : "bfloat16", optional
+        Keep the moments in 2 bytes instead of 4, for parameters that are not float64. They are
+        rounded up or down by chance, in proportion to the distance, so that they are right on
+        average: rounded to nearest, v could not change by the thousandth that 1 - beta2 is. The
+        same step of the same run has the same chance, whatever the threads.
+    capturable : bool
+        Count the steps on the GPU, so that a step may be recorded into a CUDA graph.
 
     Raises
     ------
@@ -524,6 +555,8 @@ class Adam(_Optimizer):
     ----------
     D. P. Kingma and J. Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, Algorithm 1.
     I. Loshchilov and F. Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 2.
+    S. J. Reddi, S. Kale and S. Kumar, "On the Convergence of Adam and Beyond", ICLR 2018 (AMSGrad,
+    here with v corrected as in Algorithm 1 and torch.optim.Adam).
 
     Examples
     --------
@@ -538,12 +571,13 @@ class Adam(_Optimizer):
     1
     """
 
-    _hyperparameters = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay")
+    _hyperparameters = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad")
     _state_names = ("exp_avg", "exp_avg_sq")
 
     betas: tuple[float, float]
     eps: float
     decoupled_weight_decay: bool
+    amsgrad: bool
 
     def __init__(
         self,
@@ -554,26 +588,39 @@ class Adam(_Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
+        amsgrad: bool = False,
+        state_dtype: str | None = None,
         capturable: bool = False,
     ) -> None:
         super().__init__(
             params,
+            state_dtype,
+            capturable,
             lr=lr,
             betas=betas,
             eps=eps,
             weight_decay=weight_decay,
             decoupled_weight_decay=decoupled_weight_decay,
+            amsgrad=amsgrad,
         )
-        if capturable:
-            if self._libraries[0].device(self.params[0]) == "cpu":
-                raise ValueError("capturable=True is for params on a GPU, got params on the CPU")
-            self._counter = self._backend.counter(0)
+
+    def _names(self) -> tuple[str, ...]:
+        return (*self._state_names, "max_exp_avg_sq") if self.amsgrad else self._state_names
+
+    def _check_states(self, values: Mapping[str, Any]) -> None:
+        has = "max_exp_avg_sq" in self._updater.states
+        if values["amsgrad"] != has:
+            raise ValueError(
+                f"amsgrad must stay {has}, as the optimiser was made, got {values['amsgrad']}; "
+                "make a new optimiser"
+            )
 
     @classmethod
     def _checked(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         checked = super()._checked(values)
         checked["eps"] = checked_number("eps", values["eps"], at_least=0)
-        checked["decoupled_weight_decay"] = bool(values["decoupled_weight_decay"])
+        for name in ("decoupled_weight_decay", "amsgrad"):
+            checked[name] = bool(values[name])
         betas = values["betas"]
         if not isinstance(betas, tuple | list) or len(betas) != 2:
             raise ValueError(f"betas must be two numbers, got {betas!r}")
@@ -583,7 +630,14 @@ class Adam(_Optimizer):
         return checked
 
     @staticmethod
-    def _rule(values: Mapping[str, Any], step: int) -> Rule:
+    def _rule(values: Mapping[str, Any]) -> Rule:
         (beta1, beta2), eps = values["betas"], values["eps"]
         decay, decoupled = values["weight_decay"], values["decoupled_weight_decay"]
-        return updates.adam(beta1, beta2, eps, weight_decay=decay, decoupled=decoupled)
+        return updates.adam(
+            beta1,
+            beta2,
+            eps,
+            weight_decay=decay,
+            decoupled=decoupled,
+            amsgrad=values["amsgrad"],
+        )

@@ -7,6 +7,7 @@ from numbers import Integral
 from typing import Any, Literal
 
 from fastseg_kernels.constants import REDUCTIONS
+from fastseg_kernels.problem import compute_type
 
 LAYOUTS = ("NC", "N", "C", "")
 
@@ -77,6 +78,23 @@ class Options:
             if not -(2**63) <= label < 2**64:
                 raise ValueError(f"{name} must fit 64 bits, got {label}")
             object.__setattr__(self, name, label)
+
+    def rows_of(self, shape: Any) -> tuple[Any, Any]:
+        """Return how many samples and classes logits of a shape have."""
+        layout = self.layout
+        samples, classes = (shape[layout.index(a)] if a in layout else 1 for a in "NC")
+        return samples, classes
+
+    def beside_voxels(self, rows: Any, ndim: int) -> Any:
+        """Return an array of any library, (N, C) or 0-d, so that it broadcasts beside logits."""
+        if rows.ndim == 0:
+            return rows
+        lead = [rows.shape["NC".index(axis)] for axis in self.layout]
+        return rows.reshape(*lead, *(1,) * (ndim - len(self.layout)))
+
+    def real_of(self, dtype: str) -> str:
+        """Return the dtype in which a loss of such logits is computed."""
+        return "float64" if self.compute_dtype == "float64" else compute_type(dtype)
 
     def given(self) -> dict[str, Any]:
         """Return the options that differ from the defaults."""

@@ -14,10 +14,9 @@ from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastseg.libraries import Library, library_of
-from fastseg_kernels.constants import ITEM_SIZES
+from fastseg_kernels.constants import FLOAT_DTYPES, ITEM_SIZES
 from fastseg_kernels.views import View
 
 _nbytes = attrgetter("nbytes")
@@ -28,7 +27,7 @@ class Gradients(NamedTuple):
 
     arrays: list[Any]
     watched: list[Any]
-    places: list[int]
+    places: list[Any]
     writable: bool
 
 
@@ -57,12 +56,13 @@ def may_move(libraries: list[Library]) -> bool:
     return any(library.name == "__cuda_array_interface__" for library in libraries)
 
 
-def places_of(watched: list[Any]) -> list[int]:
-    """Return what tells whether tensors still have the memory they had."""
+def places_of(watched: list[Any]) -> list[Any]:
+    """Return what tells whether tensors still have the memory they had, in the same order."""
     if not watched:
         return []
-    pointer = sys.modules["torch"].Tensor.data_ptr  # 60 ns each; methodcaller takes 130
-    return [*map(pointer, watched), *map(_nbytes, watched)]
+    tensor = sys.modules["torch"].Tensor
+    pointer, stride = tensor.data_ptr, tensor.stride  # 60 ns each; methodcaller takes 130
+    return [*map(pointer, watched), *map(_nbytes, watched), *map(stride, watched)]
 
 
 def as_list(arrays: Any) -> list[Any]:
@@ -89,25 +89,35 @@ def checked_number(name: str, value: Any, *, at_least: float = -inf, below: floa
     return number
 
 
+def checked_max_norm(value: Any) -> float:
+    """Return the norm to which gradients are clipped, at least 0, perhaps infinite."""
+    if isinstance(value, Real) and float(value) == inf:
+        return inf
+    return checked_number("max_norm", value, at_least=0)
+
+
+def check_state_dtype(value: Any) -> None:
+    """Raise unless states can have this dtype; None: that which is computed in."""
+    if value not in (None, "bfloat16"):
+        raise ValueError(f"state_dtype must be None or 'bfloat16', got {value!r}")
+
+
 def view_of(array: Any, name: str, *, writable: bool) -> View:
-    """Describe one array of a list; it must be float32 or float64 and lie as the kernels need."""
+    """Describe one array of a list; its numbers must be floats that lie as the kernels need."""
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(
             f"{name} is a numpy.ma.MaskedArray, whose mask would be ignored; pass {name}.data"
         )
     if array is None:
         raise TypeError(f"{name} is None; leave out params that have no gradient")
+    if _is_of_jax(array):
+        raise TypeError(f"{name} is a JAX array; pass numpy.asarray({name})")
     library = library_of(array, name)
     if library.name == "torch" and array.requires_grad:
         array = array.detach()  # the same memory; torch.optim does not look at the graph either
     view = library.view(array, name, writable=writable)
-    if view.dtype in ("float16", "bfloat16"):
-        raise TypeError(
-            f"{name} must be float32 or float64, got {view.dtype}: half-precision parameters need "
-            "float32 master weights, which are not in this version; keep the params in float32"
-        )
-    if view.dtype not in ("float32", "float64"):
-        raise TypeError(f"{name} must be float32 or float64, got {view.dtype}")
+    if view.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be {', '.join(FLOAT_DTYPES)}, got {view.dtype}")
     if view.layout.swapped:
         raise ValueError(
             f"{name} must be in native byte order, got {array.dtype}; pass "
@@ -122,7 +132,6 @@ def view_of(array: Any, name: str, *, writable: bool) -> View:
 def _layout_of(
     shape: tuple[int, ...], strides: tuple[int, ...], item_size: int
 ) -> tuple[Any, ...] | None:
-    """Return what two arrays share whose elements lie in one order; None unless one run."""
     if 0 in shape:
         return shape, ()
     steps = tuple((step, size) for step, size in zip(strides, shape, strict=True) if size > 1)
@@ -134,19 +143,18 @@ def _layout_of(
     return shape, steps
 
 
-def _layout(view: View) -> tuple[Any, ...] | None:
+def dense_layout(view: View) -> tuple[Any, ...] | None:
+    """Return what two arrays share whose elements lie in one order; None unless one run."""
     return _layout_of(view.shape, view.strides, ITEM_SIZES[view.dtype])
 
 
-def _view_bytes(view: View) -> int:
+def size_in_bytes(view: View) -> int:
+    """Return how much memory an array's elements take."""
     return prod(view.shape) * ITEM_SIZES[view.dtype]
 
 
-def in_shape(flat: NDArray[Any], view: View) -> NDArray[Any]:
-    """Return ``flat``, elements in the memory order of a parameter, as an array of its shape."""
-    if flat.size == 0:
-        return flat.reshape(view.shape)
-    return np.ndarray(view.shape, flat.dtype, flat, 0, view.strides)
+def _is_of_jax(array: Any) -> bool:
+    return any(base.__module__.split(".")[0] in ("jax", "jaxlib") for base in type(array).__mro__)
 
 
 def check_params(params: tuple[Any, ...]) -> tuple[list[View], Memory]:
@@ -154,13 +162,13 @@ def check_params(params: tuple[Any, ...]) -> tuple[list[View], Memory]:
     views = []
     for i, param in enumerate(params):
         name = f"params[{i}]"
-        if any(base.__module__.split(".")[0] in ("jax", "jaxlib") for base in type(param).__mro__):
+        if _is_of_jax(param):
             raise TypeError(
                 f"{name} is a JAX array, which is immutable and cannot be updated in place; keep "
                 "the params in NumPy arrays"
             )
         view = view_of(param, name, writable=True)
-        if _layout(view) is None:
+        if dense_layout(view) is None:
             raise ValueError(
                 f"{name} must be one run of memory, in any order of its axes, got shape "
                 f"{view.shape} with strides {view.strides}; pass a contiguous copy"
@@ -216,7 +224,7 @@ def check_grads(
         _check_apart(_memory_of(views), "grads", consequence)
     for i, view in enumerate(views):
         # The last parameter that starts before the gradient's end alone can reach into it.
-        nearest = bisect_left(memory.starts, view.address + _view_bytes(view)) - 1
+        nearest = bisect_left(memory.starts, view.address + size_in_bytes(view)) - 1
         if nearest >= 0 and memory.ends[nearest] > view.address and 0 not in view.shape:
             its = f"params[{memory.owners[nearest]}]"
             raise ValueError(f"grads[{i}] shares memory with {its}; pass a copy")
@@ -235,7 +243,7 @@ def _check_fits(i: int, view: View, param: View, library: Library, its_library: 
         raise ValueError(f"{name} must have shape {param.shape} as {its}, got {view.shape}")
     if view.dtype != param.dtype:
         raise TypeError(f"{name} must have dtype {param.dtype} as {its}, got {view.dtype}")
-    if _layout(view) != _layout(param):
+    if dense_layout(view) != dense_layout(param):
         raise ValueError(
             f"{name} must have strides {param.strides} as {its}, got {view.strides}; copy it to "
             f"memory laid out as {its}"
@@ -252,7 +260,7 @@ class Memory(NamedTuple):
 
 def _memory_of(views: list[View]) -> Memory:
     spans = [
-        (view.address, view.address + _view_bytes(view), i)
+        (view.address, view.address + size_in_bytes(view), i)
         for i, view in enumerate(views)
         if 0 not in view.shape
     ]

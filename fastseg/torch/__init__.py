@@ -1,4 +1,4 @@
-"""Losses for PyTorch's autograd and torch.compile. Importing this module imports torch.
+"""Losses and optimisers for PyTorch: autograd, torch.compile, torch.optim. Imports torch.
 
 >>> import torch, fastseg as fs, fastseg.torch
 >>> criterion = fastseg.torch.Loss(fs.BCE() + fs.SoftJaccard())
@@ -9,5 +9,6 @@
 """
 
 from fastseg.torch.modules import DeepSupervision, Loss, compute_loss
+from fastseg.torch.optimizers import SGD, Adam, AdamW
 
-__all__ = ["DeepSupervision", "Loss", "compute_loss"]
+__all__ = ["SGD", "Adam", "AdamW", "DeepSupervision", "Loss", "compute_loss"]

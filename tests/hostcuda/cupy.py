@@ -75,6 +75,11 @@ def asarray(values: Any, dtype: Any = None) -> ndarray:
     return np.array(values, dtype).view(ndarray)
 
 
+def from_dlpack(array: Any) -> ndarray:
+    """Read an array of another library in place."""
+    return np.from_dlpack(array).view(ndarray)
+
+
 def argsort(array: ndarray, axis: int = -1) -> ndarray:
     return np.argsort(array.view(np.ndarray), axis=axis).view(ndarray)
 
@@ -95,6 +100,9 @@ class Stream:
 
     def is_capturing(self) -> bool:
         return self.capturing
+
+    def synchronize(self) -> None:
+        events.append("synchronize")
 
 
 Stream.null = Stream(0)  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ MEMORIES: dict[str, Callable[[int], Memory]] = {"cupy": CuPyMemory, "torch": Tor
 class Backend(Device):
     """The verbs on one device: functions whose first argument is the device are its methods."""
 
+    keeps = overlap.keeps
     statistics = overlap.statistics
     gradient = overlap.gradient
     prepare = evaluation.prepare
@@ -27,9 +28,11 @@ class Backend(Device):
     count_labels = labels.count_labels
     state_like = updates.state_like
 
-    def update_table(self, params: Any, states: Any) -> updates.Table:
+    def update_table(
+        self, params: Any, states: Any, masters: Any, small_states: bool
+    ) -> updates.Table:
         """Make the table of an optimiser's arrays."""
-        return updates.Table(self, params, states)
+        return updates.Table(self, params, states, masters, small_states)
 
 
 def backend(library: str, index: int) -> Backend:

@@ -54,6 +54,7 @@ def shared_constants() -> str:
             f"constexpr int THREADS = {THREADS};  // of a block\n",
             f"constexpr int GROUP = {GROUP};  // voxels added up by a thread before widening\n",
             f"constexpr int UPDATE_COEFFICIENTS = {updates.COEFFICIENTS};\n",
+            f"constexpr unsigned STEP_STRIDE = {updates.STEP_STRIDE}u;\n",
             f"constexpr int TABLE_NUMBERS = {TABLE_NUMBERS};\n",
             f"constexpr int SOFTMAX_CLASSES = {SOFTMAX_CLASSES};\n",
             f"constexpr int LABEL_CLASSES = {LABEL_CLASSES};\n",

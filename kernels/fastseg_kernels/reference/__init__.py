@@ -53,11 +53,12 @@ from .overlap import (
     tversky_index,
     tversky_index_gradient,
 )
-from .updates import adam, gradient_descent, momentum, momentum_pytorch
+from .updates import adam, amsgrad, gradient_descent, momentum, momentum_pytorch
 
 __all__ = [
     "LINKS",
     "adam",
+    "amsgrad",
     "bce",
     "bce_gradient",
     "bce_mean",

@@ -7,6 +7,7 @@ penalty, applied first of all: g <- g + weight_decay theta.
 References
 ----------
 Adam: D. P. Kingma and J. Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, algorithm 1.
+AMSGrad: S. J. Reddi, S. Kale and S. Kumar, "On the Convergence of Adam and Beyond", ICLR 2018.
 Decoupled weight decay: I. Loshchilov and F. Hutter, "Decoupled Weight Decay Regularization", ICLR
 2019, in the form of torch.optim.AdamW. The PyTorch form of momentum: torch.optim.SGD.
 """
@@ -126,6 +127,29 @@ def momentum_pytorch(
     return theta - lr * b, b
 
 
+def _moments(
+    theta: ArrayLike,
+    exp_avg: ArrayLike,
+    exp_avg_sq: ArrayLike,
+    grad: ArrayLike,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    decoupled: bool,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return the parameters, decayed where that is decoupled, and both new moments."""
+    theta = np.asarray(theta, dtype=np.float64)
+    if decoupled:
+        g = np.asarray(grad, dtype=np.float64)
+        theta = theta - lr * weight_decay * theta
+    else:
+        g = _with_l2(grad, theta, weight_decay)
+    m = beta1 * np.asarray(exp_avg, dtype=np.float64) + (1 - beta1) * g
+    v = beta2 * np.asarray(exp_avg_sq, dtype=np.float64) + (1 - beta2) * g**2
+    return theta, m, v
+
+
 def adam(
     theta: ArrayLike,
     exp_avg: ArrayLike,
@@ -171,14 +195,47 @@ def adam(
     >>> float(theta), float(m), float(v)
     (0.5, 2.0, 8.0)
     """
-    theta = np.asarray(theta, dtype=np.float64)
-    if decoupled:
-        g = np.asarray(grad, dtype=np.float64)
-        theta = theta - lr * weight_decay * theta
-    else:
-        g = _with_l2(grad, theta, weight_decay)
-    m = beta1 * np.asarray(exp_avg, dtype=np.float64) + (1 - beta1) * g
-    v = beta2 * np.asarray(exp_avg_sq, dtype=np.float64) + (1 - beta2) * g**2
+    theta, m, v = _moments(
+        theta, exp_avg, exp_avg_sq, grad, lr, beta1, beta2, weight_decay, decoupled
+    )
     m_hat = m / (1 - beta1**step)
     v_hat = v / (1 - beta2**step)
     return theta - lr * m_hat / (np.sqrt(v_hat) + eps), m, v
+
+
+def amsgrad(
+    theta: ArrayLike,
+    exp_avg: ArrayLike,
+    exp_avg_sq: ArrayLike,
+    max_exp_avg_sq: ArrayLike,
+    grad: ArrayLike,
+    step: int,
+    lr: float = 1e-3,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    r"""Return the parameters, both moments and the largest v after one step of AMSGrad.
+
+    As `adam`, with the largest v so far in the place of v, corrected as v is (torch.optim.Adam;
+    the paper corrects neither).
+
+    Examples
+    --------
+    >>> state = amsgrad(1.0, 0.0, 0.0, 2.0, 4.0, step=1, lr=0.5, beta1=0.5, beta2=0.75, eps=0.0)
+    >>> tuple(map(float, state))
+    (0.5, 2.0, 4.0, 4.0)
+    >>> state = amsgrad(1.0, 0.0, 0.0, 16.0, 4.0, step=1, lr=0.5, beta1=0.5, beta2=0.75, eps=0.0)
+    >>> tuple(map(float, state))
+    (0.75, 2.0, 4.0, 16.0)
+    """
+    theta, m, v = _moments(
+        theta, exp_avg, exp_avg_sq, grad, lr, beta1, beta2, weight_decay, decoupled
+    )
+    v_max = np.maximum(v, max_exp_avg_sq)
+    m_hat = m / (1 - beta1**step)
+    v_hat = v_max / (1 - beta2**step)
+    return theta - lr * m_hat / (np.sqrt(v_hat) + eps), m, v, v_max

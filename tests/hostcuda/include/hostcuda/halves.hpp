@@ -17,6 +17,7 @@ inline __half __float2half_rn(float value) {
 inline float __bfloat162float(__nv_bfloat16 value) {
   return std::bit_cast<float>(std::uint32_t(value.bits) << 16);
 }
+inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) { return {bits}; }
 inline __nv_bfloat16 __float2bfloat16_rn(float value) {
   const auto bits = std::bit_cast<std::uint32_t>(value);
   if (value != value) return {0x7fff};
