@@ -8,8 +8,8 @@ itself trains another loss. With ``process_group=True`` the sums are combined fi
 
 from __future__ import annotations
 
+import datetime
 import os
-import socket
 import tempfile
 from typing import Any
 
@@ -25,22 +25,30 @@ import fastseg.torch
 LOSS = fs.BCE() + fs.SoftJaccard(scope="batch", smooth_num=1e-5, smooth_den=1e-5)
 
 
-def work(rank: int, ranks: int, steps: int, port: int, folder: str) -> None:
+def work(rank: int, ranks: int, steps: int, folder: str) -> None:
     """Train one process's copy of the network on its share of each batch."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    threads = max(1, (os.cpu_count() or 1) // ranks)  # or each process would use all cores
+    torch.set_num_threads(threads)
+    fs.set_num_threads(threads)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/{ranks}",
+        rank=rank,
+        world_size=ranks,
+        timeout=datetime.timedelta(minutes=2),
+    )
     torch.manual_seed(0)
     network: torch.nn.Module = torch.nn.Sequential(
         torch.nn.Conv3d(1, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv3d(8, 1, 3, padding=1)
     )
     network = torch.nn.parallel.DistributedDataParallel(network)
-    optimiser = torch.optim.Adam(network.parameters(), lr=1e-2)
+    optimiser = fastseg.torch.Adam(network.parameters(), lr=1e-2)
     criterion = fastseg.torch.Loss(LOSS, track=("hard",), process_group=True)
     course = []
     batches = patches(2 * steps)
-    for (image, truth), (more, its_truth) in zip(batches[::2], batches[1::2], strict=True):
+    for pair in zip(batches[::2], batches[1::2], strict=True):
         # Four patches: with two processes the first has one of them, and the second three.
-        images, truths = torch.cat([image, more]), torch.cat([truth, its_truth])
+        images, truths = (torch.cat([batch[key] for batch in pair]) for key in ("image", "label"))
         first, end = (0, 4) if ranks == 1 else ((0, 1), (1, 4))[rank]
         value = criterion(network(images[first:end]), truths[first:end])
         optimiser.zero_grad()
@@ -49,16 +57,14 @@ def work(rank: int, ranks: int, steps: int, port: int, folder: str) -> None:
         course.append((value.item(), float(criterion.last_statistics.jaccard_index())))
     if rank == 0:
         torch.save(course, f"{folder}/course.pt")
+    dist.barrier()  # nobody leaves while another still talks to it
     dist.destroy_process_group()
 
 
 def train(ranks: int, steps: int) -> Any:
     """Return the loss and the hard Jaccard index of each step."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (ranks, steps, port, folder), nprocs=ranks)
+        mp.spawn(work, (ranks, steps, folder), nprocs=ranks)
         return torch.load(f"{folder}/course.pt")
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+import fastseg as fs
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -25,6 +28,22 @@ def test_a_trainer_in_numpy_learns():
     losses, scores = zip(*course, strict=True)
     assert losses[-1] < 0.8 * losses[0]
     assert scores[-1] > 0.5 > scores[0]
+
+
+def test_a_trainer_in_cupy_waits_for_nobody(cupy_stand_in, monkeypatch):
+    """On the stand-in for CuPy: the kernels' text is run by the CPU, one slab like another."""
+    from hostcuda import cupy
+
+    sys.modules.pop("cupy_trainer", None)
+    steps = []
+    step = fs.Adam.step
+    monkeypatch.setattr(
+        fs.Adam, "step", lambda self, *a, **k: (steps.append(len(cupy.events)), step(self, *a, **k))
+    )
+    course = importlib.import_module("cupy_trainer").main(steps=30)
+    losses, scores = zip(*course, strict=True)
+    assert np.mean(losses[-5:]) < 0.85 * losses[0] and np.mean(scores[-5:]) > scores[0]
+    assert steps == [0] * 30 and cupy.events  # what was fetched was fetched at the end
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

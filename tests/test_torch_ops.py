@@ -33,10 +33,12 @@ def test_operators_of_sums_keep_pytorchs_rules(loss):
     name, mask = ops.name_of(loss), torch.rand(2, 1, 5, 7) < 0.8
     torch.library.opcheck(ops.statistics, (logits, targets, mask, None, name, "hard"))
     sums = ops.statistics(logits, targets, mask, None, name, "")
+    leaf = logits.clone().requires_grad_()
+    torch.library.opcheck(ops.evaluate, (leaf, targets, mask, None, name, "hard", False))
     rest = (name, "", 0, 2.0)
     upstream = torch.rand(2, 3) if loss.options.reduction == "none" else torch.tensor(3.0)
     arrays = (targets, mask, None, sums)
-    torch.library.opcheck(ops.value, (logits.clone().requires_grad_(), *arrays, *rest, False))
+    torch.library.opcheck(ops.value, (leaf, *arrays, *rest, False))
     torch.library.opcheck(ops.gradient, (logits, *arrays, upstream, *rest))
     torch.library.opcheck(ops.gradient_, (logits.clone(), *arrays, upstream, *rest))
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastseg.losses import Loss as _Loss
+from fastseg.losses import checked_loss
 from fastseg.statistics import Statistics
 from fastseg.torch import distributed, ops
 
@@ -76,10 +77,8 @@ class Loss(torch.nn.Module):
         equal_samples: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(loss, _Loss):
-            raise TypeError(f"loss must be a fastseg loss, got {type(loss).__name__}")
+        self.loss = checked_loss(loss)
         loss.families(track)
-        self.loss = loss
         self.track = tuple(track)
         self._last: Statistics | torch.Tensor | None = None
         self._name, self._track = ops.name_of(loss), " ".join(self.track)
@@ -184,9 +183,8 @@ def _evaluate(
     if sorts:
         value, _, sums = ops.sort(*arrays, name, track)
         return value, sums.detach()
-    logits, *others = arrays
-    sums = ops.statistics(logits.detach(), *others, name, track)
-    return ops.value(*arrays, sums, name, track, 0, 1.0, overwrite), sums
+    value, sums = ops.evaluate(*arrays, name, track, overwrite)
+    return value, sums.detach()
 
 
 def compute_loss(
@@ -208,10 +206,8 @@ def compute_loss(
     >>> logits.grad[0, 0, 0].item()
     -0.125
     """
-    if not isinstance(loss, _Loss):
-        raise TypeError(f"loss must be a fastseg loss, got {type(loss).__name__}")
-    arrays = _checked(logits, targets, mask, weight_map)
-    return _evaluate(arrays, ops.name_of(loss), "", bool(loss._sorting))[0]
+    arrays, name = _checked(logits, targets, mask, weight_map), ops.name_of(checked_loss(loss))
+    return _evaluate(arrays, name, "", bool(loss._sorting))[0]
 
 
 class DeepSupervision(torch.nn.Module):

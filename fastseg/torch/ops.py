@@ -4,8 +4,10 @@
     fastseg::value(logits, targets, ..., sums) -> value      reads no voxel; differentiable
     fastseg::gradient(logits, targets, ..., sums, upstream) -> dL/dlogits
 
-and, for a loss that sorts and has no sums, `fastseg::sort`, whose gradient is known with its value,
-and `fastseg::scale`. Operators take tensors, numbers and text: a loss is named by its formula.
+`fastseg::evaluate` is the first two, where nothing comes between them: a call of an operator costs
+more than all else around the kernels. A loss that sorts has no sums that are enough: there is
+`fastseg::sort`, whose gradient is known with its value, and `fastseg::scale`. Operators take
+tensors, numbers and text: a loss is named by its formula.
 """
 
 from __future__ import annotations
@@ -53,21 +55,20 @@ def _backend(tensor: torch.Tensor) -> Backend:
     return backend_of(library_of(tensor, "logits"), tensor)
 
 
-def _rows(logits: torch.Tensor, layout: str) -> tuple[Any, Any]:
-    """Return the numbers of samples and of classes, which may be symbols."""
-    return tuple(logits.shape[layout.index(axis)] if axis in layout else 1 for axis in ("N", "C"))  # type: ignore[return-value]
-
-
 def _real(loss: Loss, logits: torch.Tensor) -> torch.dtype:
     """Return the dtype in which a loss of these logits is computed."""
-    double = loss.options.compute_dtype == "float64" or logits.dtype == torch.float64
-    return torch.float64 if double else torch.float32
+    kind: torch.dtype = getattr(torch, loss.options.real_of(_name_of_dtype(logits.dtype)))
+    return kind
+
+
+def _name_of_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _like_value(loss: Loss, logits: torch.Tensor) -> torch.Tensor:
     """Return an empty value, () or (N, C)."""
     none = loss.options.reduction == "none"
-    shape = _rows(logits, loss.options.layout) if none else ()
+    shape = loss.options.rows_of(logits.shape) if none else ()
     return logits.new_empty(shape, dtype=_real(loss, logits))
 
 
@@ -76,19 +77,21 @@ def _tensor(array: Any) -> torch.Tensor:
     return made
 
 
-@torch.library.custom_op("fastseg::statistics", mutates_args=())
-def statistics(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    mask: torch.Tensor | None,
-    weight_map: torch.Tensor | None,
-    loss: str,
-    track: str,
-) -> torch.Tensor:
+_ARRAYS = "Tensor targets, Tensor? mask, Tensor? weight_map"
+_READ = f"Tensor logits, {_ARRAYS}, str loss, str track"
+
+
+@torch.library.custom_op("fastseg::statistics", mutates_args=(), schema=f"({_READ}) -> Tensor")
+def statistics(*arguments: Any) -> torch.Tensor:
     """Return the sums of every row, float64 (N, C, K)."""
+    return _statistics(*arguments)
+
+
+def _statistics(
+    logits: torch.Tensor, targets: Any, mask: Any, weight_map: Any, loss: str, track: str
+) -> torch.Tensor:
     known, families = _losses[loss], families_of(loss, track)
-    arrays = (logits.detach(), targets, mask, weight_map)
-    library, problem = known._problem(*arrays, families)
+    library, problem = known._problem(logits.detach(), targets, mask, weight_map, families)
     return _tensor(known._sums(backend_of(library, logits), problem, families))
 
 
@@ -96,7 +99,7 @@ def statistics(
 def _like_sums(
     logits: torch.Tensor, targets: Any, mask: Any, weight_map: Any, loss: str, track: str
 ) -> torch.Tensor:
-    rows = _rows(logits, _losses[loss].options.layout)
+    rows = _losses[loss].options.rows_of(logits.shape)
     shape = (*rows, len(columns(families_of(loss, track))))
     return logits.new_empty(shape, dtype=torch.float64)
 
@@ -118,10 +121,14 @@ def value(
 
     ``factor`` is multiplied into the gradient alone; ``overwrite`` puts that into the logits.
     """
+    return _value(logits, sums, loss, track)
+
+
+def _value(logits: torch.Tensor, sums: torch.Tensor, loss: str, track: str) -> torch.Tensor:
     known = _losses[loss]
     dtype = _real(known, logits)
     s = statistics_of(sums, loss, track)
-    number = known._value_of(s, str(dtype).removeprefix("torch."))
+    number = known._value_of(s, _name_of_dtype(dtype))
     return torch.as_tensor(number, dtype=dtype, device=logits.device)
 
 
@@ -130,9 +137,23 @@ def _(logits: Any, targets: Any, mask: Any, weight_map: Any, sums: Any, loss: st
     return _like_value(_losses[loss], logits)
 
 
+@torch.library.custom_op(
+    "fastseg::evaluate", mutates_args=(), schema=f"({_READ}, bool overwrite) -> (Tensor, Tensor)"
+)
+def evaluate(logits: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return value and sums; ``overwrite`` as in `value`."""
+    sums = _statistics(logits, *arguments[:-1])
+    return _value(logits, sums, *arguments[3:5]), sums
+
+
+@evaluate.register_fake
+def _(logits: torch.Tensor, *arguments: Any) -> Any:
+    return _like_value(_losses[arguments[3]], logits), _like_sums(logits, *arguments[:-1])
+
+
 _GRADIENT = (
-    "logits, Tensor targets, Tensor? mask, Tensor? weight_map, Tensor sums, Tensor upstream, "
-    "str loss, str track, int first, float factor)"
+    f"logits, {_ARRAYS}, Tensor sums, Tensor upstream, str loss, str track, int first, "
+    "float factor)"
 )
 
 
@@ -166,7 +187,7 @@ def _gradient(
     factor: float,
 ) -> torch.Tensor:
     known, s = _losses[loss], statistics_of(sums, loss, track)
-    count = _rows(logits, known.options.layout)[0]
+    count = known.options.rows_of(logits.shape)[0]
     scale = upstream.detach() if factor == 1.0 else upstream.detach() * factor
     grad: torch.Tensor = known.gradient(
         logits.detach(),
@@ -186,14 +207,11 @@ def _(logits: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(logits)
 
 
-@torch.library.custom_op("fastseg::sort", mutates_args=())
+@torch.library.custom_op(
+    "fastseg::sort", mutates_args=(), schema=f"({_READ}) -> (Tensor, Tensor, Tensor)"
+)
 def sort(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    mask: torch.Tensor | None,
-    weight_map: torch.Tensor | None,
-    loss: str,
-    track: str,
+    logits: torch.Tensor, targets: Any, mask: Any, weight_map: Any, loss: str, track: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return value, gradient and sums of a loss that sorts; the gradient in what it computes in.
 
@@ -206,21 +224,18 @@ def sort(
 
 
 @sort.register_fake
-def _(logits: Any, targets: Any, mask: Any, weight_map: Any, loss: str, track: str) -> Any:
-    known = _losses[loss]
+def _(logits: torch.Tensor, *arguments: Any) -> Any:
+    known = _losses[arguments[3]]
     grad = torch.empty_like(logits, dtype=_real(known, logits))
-    sums = _like_sums(logits, targets, mask, weight_map, loss, track)
-    return _like_value(known, logits), grad, sums
+    return _like_value(known, logits), grad, _like_sums(logits, *arguments)
 
 
 def scaled(
-    grad: torch.Tensor, upstream: torch.Tensor, layout: str, dtype: torch.dtype
+    grad: torch.Tensor, upstream: torch.Tensor, loss: Loss, dtype: torch.dtype
 ) -> torch.Tensor:
     """Multiply a gradient by what comes from above, () or (N, C), and round it."""
-    if upstream.ndim > 0:
-        lead = [upstream.shape["NC".index(axis)] for axis in layout]
-        upstream = upstream.reshape(*lead, *(1,) * (grad.ndim - len(layout)))
-    return (grad * upstream).to(dtype)
+    made: torch.Tensor = grad * loss.options.beside_voxels(upstream, grad.ndim)
+    return made.to(dtype)
 
 
 @torch.library.custom_op("fastseg::scale", mutates_args=())
@@ -228,12 +243,12 @@ def scale(
     logits: torch.Tensor, grad: torch.Tensor, upstream: torch.Tensor, loss: str
 ) -> torch.Tensor:
     """Return the gradient of the logits from that of `sort`."""
-    return scaled(grad, upstream, _losses[loss].options.layout, logits.dtype)
+    return scaled(grad, upstream, _losses[loss], logits.dtype)
 
 
 @scale.register_fake
 def _(logits: torch.Tensor, grad: torch.Tensor, upstream: torch.Tensor, loss: str) -> torch.Tensor:
-    return scaled(grad, upstream, _losses[loss].options.layout, logits.dtype)
+    return scaled(grad, upstream, _losses[loss], logits.dtype)
 
 
 # Autograd
@@ -253,6 +268,17 @@ def _backward_of_value(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor |
     return gradient(*ctx.saved_tensors, upstream, *ctx.rest), *(None,) * 9
 
 
+def _save_evaluate(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:4], output[1])
+    loss, track, ctx.overwrite = inputs[4:]
+    ctx.rest = [loss, track, 0, 1.0]
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_evaluate(ctx: Any, upstream: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
+    return (None,) * 7 if upstream is None else _backward_of_value(ctx, upstream)[:7]
+
+
 def _save_sort(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(inputs[0], output[1])
     ctx.loss = inputs[4]
@@ -268,6 +294,7 @@ def _refuse(ctx: Any, *upstream: Any) -> Any:
 
 
 value.register_autograd(_backward_of_value, setup_context=_save_value)
+evaluate.register_autograd(_backward_of_evaluate, setup_context=_save_evaluate)
 sort.register_autograd(_backward_of_sort, setup_context=_save_sort)
 gradient.register_autograd(_refuse)
 scale.register_autograd(_refuse)
