@@ -1,4 +1,4 @@
-"""The command ``fastseg``: what this installation is, a demo, and a warm cache.
+"""The command ``fastseg``: what this installation is, a demo, scores, and a warm cache.
 
 Typer and Rich come with the extra ``cli`` and are imported when the command runs, not before.
 """
@@ -6,6 +6,7 @@ Typer and Rich come with the extra ``cli`` and are imported when the command run
 # No `from __future__ import annotations`: Typer reads annotations, and these are made in functions.
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,6 +96,86 @@ def _application() -> "typer.Typer":
     ) -> None:
         """Train a voxel-wise model to find grey matter in a brain template (under a minute)."""
         show_demo(out, quick, steps, seed)
+
+    @application.command()
+    def bench(
+        out: Annotated[Path, typer.Option(help="Directory for bench.json and bench.png.")] = Path(
+            "fastseg_bench"
+        ),
+        quick: Annotated[bool, typer.Option("--quick", help="Small arrays.")] = False,
+    ) -> None:
+        """Time fastseg, NumPy and the peers that are installed on this machine (a minute)."""
+        show_bench(out, quick)
+
+    @application.command()
+    def score(
+        pred: Annotated[str, typer.Argument(help="Prediction, or a directory of them.")],
+        target: Annotated[str, typer.Argument(help="Truth, or a directory, matched by name.")],
+        kind: Annotated[
+            str | None,
+            typer.Option(
+                help="logits, probs or labels; by default labels if integers, else logits."
+            ),
+        ] = None,
+        labels: Annotated[
+            str | None,
+            typer.Option(help="dataset.json, or 1=liver,2=tumor,1+2=both. By default label 1."),
+        ] = None,
+        ignore_index: Annotated[
+            int | None, typer.Option(help="Label of voxels of the truth that do not count.")
+        ] = None,
+        threshold: Annotated[
+            float | None, typer.Option(help="Foreground from here on, in stored units.")
+        ] = None,
+        best_threshold: Annotated[
+            bool, typer.Option("--best-threshold", help="That of the largest mean Jaccard index.")
+        ] = False,
+        transpose: Annotated[
+            bool,
+            typer.Option("--transpose", help="The prediction's axes are z, y, x; truth x, y, z."),
+        ] = False,
+        json_path: Annotated[
+            Path | None, typer.Option("--json", help="Write nnU-Net's summary, and more.")
+        ] = None,
+        table: Annotated[
+            Path | None,
+            typer.Option(help="Zarr table of the blocks' sums; a stopped run goes on from it."),
+        ] = None,
+        error_map: Annotated[
+            Path | None, typer.Option(help="PNG of where the errors are, block by block.")
+        ] = None,
+        dask: Annotated[
+            str | None, typer.Option(help="Address of a dask scheduler whose workers compute.")
+        ] = None,
+        allow_missing: Annotated[
+            bool, typer.Option("--allow-missing", help="Leave out truth without a prediction.")
+        ] = False,
+    ) -> None:
+        """Score predictions in files against the truth: npy, zarr, HDF5, NIfTI, TIFF."""
+        from fastseg import cli_score
+        from fastseg.score_files import Question
+
+        def question(regions: dict[str, tuple[int, ...]], ignored: int | None) -> Question:
+            ignore = ignored if ignore_index is None else ignore_index
+            choices = (threshold, best_threshold, transpose)
+            return Question(regions, kind, ignore, *choices)  # type: ignore[arg-type]
+
+        try:
+            cli_score.run(
+                pred,
+                target,
+                question,
+                labels=labels,
+                json_path=json_path,
+                table=table,
+                error_map=error_map,
+                address=dask,
+                allow_missing=allow_missing,
+                bars=_Bars,
+                fail=_fail,
+            )
+        except (ValueError, ModuleNotFoundError) as error:
+            _fail(str(error))
 
     @application.command()
     def warmup() -> None:
@@ -209,8 +290,57 @@ def _print_scores(console: "Console", found: dict[str, Any]) -> None:
     )
 
 
+def show_bench(out: Path, quick: bool) -> None:
+    """Time everything behind a progress bar and print a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastseg import bench
+
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console(highlight=False, markup=False)
+    with _Bars(console) as bars:
+        found = bench.run(out, bars, quick=quick)
+    rows = found["tasks"]
+    peers = list(dict.fromkeys(n for row in rows for n in row["seconds"] if n != bench.OURS))
+    table = Table("", "fastseg", *peers, "/ copying", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        ratios = (row["over_fastseg"].get(name) for name in peers)
+        shown = ("-" if ratio is None else f"{ratio:.2g}x" for ratio in ratios)
+        own = row["seconds"][bench.OURS]
+        table.add_row(
+            row["name"], f"{own * 1e3:.3g} ms", *shown, f"{row['fastseg_over_copy']:.2g}x"
+        )
+    console.print(table)
+    machine = found["machine"]
+    console.print(
+        f"{machine['cpu']}, threads: {machine['threads']}. Losses are with their gradients; peers' "
+        "times are over fastseg's; the last column is fastseg's time over that of copying as many "
+        f"bytes as must be moved at least ({machine['copy_bytes_per_second'] / 1e9:.0f} GB/s; "
+        f"below 1 they are in a cache). {found['seconds']:.0f} s in all."
+    )
+    if (machine["load"] or 0) > bench.BUSY * (os.cpu_count() or 1):
+        console.print(
+            f"other processes keep the CPUs busy (load {machine['load']:.1f}): threads that wait "
+            "for each other then wait for those, too; OMP_WAIT_POLICY=passive or "
+            "FASTSEG_NUM_THREADS=1 helps",
+            style="yellow",
+        )
+    for line in dict.fromkeys(note for row in rows for note in row["notes"]):
+        console.print(line, style="yellow")
+    written = f"numbers: {out / 'bench.json'}"
+    try:
+        bench.draw(found, out / "bench.png")
+        written += f"\npicture: {out / 'bench.png'}"
+    except ModuleNotFoundError:
+        written += "; for a picture, pip install matplotlib"
+    console.print(written, soft_wrap=True)
+
+
 class _Bars:
-    """Progress bars, one per stage; a `fastseg.demo.Report`."""
+    """Progress bars, one per stage; a `fastseg.progress.Report`."""
 
     def __init__(self, console: "Console") -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn

@@ -37,6 +37,8 @@ class JaccardCurve(NamedTuple):
     """(N, C, T); NaN where neither prediction nor target has foreground."""
     dice_score: NDArray[np.float64]
     """(N, C, T), likewise."""
+    counts: dict[str, NDArray[np.int64]]
+    """tp, fp, fn and tn, each (N, C, T)."""
 
     def best(self) -> tuple[float, float]:
         """Return the threshold with the largest mean Jaccard index over rows, and that mean.
@@ -75,7 +77,8 @@ def curve_of(s: Statistics) -> JaccardCurve:
     above = [np.cumsum(part[:, :, ::-1], axis=2)[:, :, ::-1] for part in (foreground, background)]
     tp, fp = (part[:, :, 1:].astype(np.int64) for part in above)
     fn = above[0][:, :, :1].astype(np.int64) - tp
-    scores = {"tp": tp, "fp": fp, "fn": fn, "tn": np.zeros_like(tp)}
+    every = counts[:, :, 1:].sum(axis=2, keepdims=True).astype(np.int64)
+    scores = {"tp": tp, "fp": fp, "fn": fn, "tn": every - tp - fp - fn}
     undefined = counts[:, :, :1] > 0
     jaccard, dice = (
         np.where(undefined, np.nan, of_counts(scores, float("nan")))
@@ -83,6 +86,6 @@ def curve_of(s: Statistics) -> JaccardCurve:
     )
     edges = np.arange(1, bins)
     if family == "prob_curve":
-        return JaccardCurve(edges / bins, edges / bins, jaccard, dice)
+        return JaccardCurve(edges / bins, edges / bins, jaccard, dice, scores)
     logits = (edges - bins // 2) / 32.0
-    return JaccardCurve(logits, 1.0 / (1.0 + np.exp(-logits)), jaccard, dice)
+    return JaccardCurve(logits, 1.0 / (1.0 + np.exp(-logits)), jaccard, dice, scores)

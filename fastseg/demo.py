@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from fastseg.demo_data import (
 )
 from fastseg.dispatch import cpu
 from fastseg.optimizers import Adam
+from fastseg.progress import Report
 from fastseg.warmup import announced_compilation
 
 LOSS = (fs.BCE() + fs.SoftJaccard()).replace(layout="")
@@ -47,13 +48,6 @@ NOTICE = (
     "semi-synthetic input: the MNI152 template, which is a population average, with a bias field "
     f"of {BIAS:.0%} and Rician noise (sigma {NOISE:g} of 255) added"
 )
-
-
-class Report(Protocol):
-    """What the demo tells while it runs; a stage is over when ``done`` equals ``total``."""
-
-    def __call__(self, stage: str, done: int, total: int | None, note: str) -> None:
-        """Tell that ``done`` of ``total`` (None: unknown) parts of a stage are done."""
 
 
 class Fit(NamedTuple):

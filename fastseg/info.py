@@ -51,7 +51,7 @@ def _guarded(ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def _version(*names: str) -> str | None:
+def installed_version(*names: str) -> str | None:
     """Return the version of the first of these distributions that is installed."""
     for name in names:
         try:
@@ -64,13 +64,13 @@ def _version(*names: str) -> str | None:
 def _versions() -> dict[str, str | None]:
     from fastseg import __version__
 
-    found = {name: _version(name) for name in ("numpy", "numba", "llvmlite", "torch")}
+    found = {name: installed_version(name) for name in ("numpy", "numba", "llvmlite", "torch")}
     return {
         "fastseg": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         **found,
-        "cupy": _version(*installation.CUPY_DISTRIBUTIONS),
+        "cupy": installed_version(*installation.CUPY_DISTRIBUTIONS),
     }
 
 

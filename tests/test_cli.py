@@ -340,3 +340,39 @@ def test_missing_demo_extra_is_one_line() -> None:
 def test_importing_the_command_line_imports_no_extra() -> None:
     program = "import sys, fastseg.cli; print({'typer', 'rich', 'numba'} & set(sys.modules))"
     assert python(program).stdout.strip() == "set()"
+
+
+# bench
+
+
+def test_bench_times_and_draws(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, err = call(capsys, "bench", "--quick", "--out", str(tmp_path))
+    assert (code, err) == (0, "")
+    assert "BCE + soft Jaccard, 2x1x64³" in out and "GB/s" in out
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert len(found["tasks"]) == 5
+    for task in found["tasks"]:
+        assert task["over_fastseg"]["fastseg"] == 1.0 and not task["notes"]
+        assert set(task["seconds"]) >= {"fastseg"} and min(task["seconds"].values()) > 0
+    assert set(found["tasks"][0]["seconds"]) == {"fastseg", "NumPy", "PyTorch", "MONAI"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "bench.png"]
+
+
+def test_bench_does_not_time_what_computes_something_else() -> None:
+    from fastseg import bench
+
+    def absent() -> Any:
+        raise ModuleNotFoundError("No module named 'other'", name="other")
+
+    contenders: Any = {
+        "fastseg": lambda: lambda: 1.0,
+        "wrong": lambda: lambda: 1.1,
+        "other": absent,
+        "right": lambda: lambda: 1.0001,
+    }
+    found = bench.time_task(bench.Task("toy", 1, "voxel", 1, contenders), budget=0.0)
+    assert set(found.seconds) == {"fastseg", "right"}
+    assert found.notes == [
+        "wrong: computes 1.1, fastseg 1",
+        "other: other is not installed",
+    ]

@@ -158,3 +158,26 @@ def test_wrong_target_of_a_long_row_is_found_at_once():
     targets[0, 0, -1] = 7
     with pytest.raises(ValueError, match=r"got 7 \(invalid voxels: 1 of 3000000\)"):
         fs.jaccard_index(np.zeros(targets.shape, np.float32), targets)
+
+
+@pytest.mark.parametrize("classes", [2, 32, 33, 200])
+@pytest.mark.parametrize("masked", [False, True])
+def test_counts_of_few_and_of_many_classes(classes, masked):
+    """Up to 32 classes pairs of labels are counted, and each label from there on."""
+    rng = np.random.default_rng(classes)
+    shape = (3, 41, 53, 29)
+    pred, truth = (rng.integers(0, classes, shape).astype(np.int16) for _ in range(2))
+    mask = rng.random(shape) < 0.5 if masked else None
+    keep = (truth != 1) & (True if mask is None else mask)
+    pred[~keep] = -7  # what does not count may be anything
+    got = fs.stat_scores(pred, truth, num_classes=classes, ignore_index=1, mask=mask)
+    for label in range(classes):
+        a, b = pred == label, truth == label
+        for name, where in (("tp", a & b), ("fp", a & ~b), ("fn", ~a & b), ("tn", ~a & ~b)):
+            expected = (where & keep).sum(axis=(1, 2, 3))
+            np.testing.assert_array_equal(got[name][:, label], expected)
+    pred[0, 0, 0, 0], truth[0, 0, 0, 0] = classes, 0
+    if mask is not None:
+        mask[0, 0, 0, 0] = True
+    with pytest.raises(ValueError, match=rf"pred must hold labels in \[0, {classes}\), 1 of"):
+        fs.stat_scores(pred, truth, num_classes=classes, ignore_index=1, mask=mask)
