@@ -16,7 +16,7 @@ from fastseg.dispatch import backend_name
 from fastseg.functional import sigmoid
 from fastseg.losses import Loss
 from fastseg.lovasz import LovaszHinge, LovaszSoftmax
-from fastseg.metrics import dice_score, jaccard_index, stat_scores
+from fastseg.metrics import HardScores, dice_score, hard_statistics, jaccard_index, stat_scores
 from fastseg.optimizers import Adam, GradientDescent, Momentum
 from fastseg.options import Options
 from fastseg.statistics import Statistics, concatenate_statistics
@@ -41,6 +41,7 @@ __all__ = [
     "FocalBCE",
     "FocalCrossEntropy",
     "GradientDescent",
+    "HardScores",
     "Loss",
     "LovaszHinge",
     "LovaszSoftmax",
@@ -56,6 +57,7 @@ __all__ = [
     "concatenate_statistics",
     "dice_score",
     "get_num_threads",
+    "hard_statistics",
     "jaccard_index",
     "presets",
     "set_num_threads",

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     import numpy as np
     from numpy.typing import NDArray
 
     from fastseg.libraries import Library
     from fastseg_kernels.problem import Evaluation, Problem
-    from fastseg_kernels.updates import Rule
+    from fastseg_kernels.updates import Guard, Rule
     from fastseg_kernels.views import View
 
 
@@ -33,11 +34,17 @@ class UpdateTable(Protocol):
     def set_grads(self, grads: Sequence[View]) -> None:
         """Point the table at the gradients of this step."""
 
-    def update(self, rule: Rule, step: Any, lr: Any, grad_scale: Any, zero_grads: bool) -> None:
-        """Update parameters and states in place.
+    def norm(self) -> Any:
+        """Return the norm of all gradients: a float, or an array of one in the backend's memory."""
 
-        ``step`` is 1 at the first, or a `Backend.counter` of the steps before; ``lr`` and
-        ``grad_scale`` are numbers, or views of one number in the backend's memory.
+    def update(
+        self, rule: Rule, step: Any, lr: Any, grad_scale: Any, zero_grads: bool, guard: Guard
+    ) -> bool:
+        """Update parameters and states in place, unless the guard drops the step.
+
+        ``step`` is 1 at the first, or a `Backend.counter` of the steps before; ``lr``,
+        ``grad_scale`` and the guard's are numbers, or views of one number in the backend's memory.
+        Returns False if the step is known to be dropped.
         """
 
 
@@ -47,8 +54,13 @@ class Backend(Protocol):
     Arrays that a backend makes (sums, coefficients, states) are its own: NumPy's on the CPU.
     """
 
-    def statistics(self, problem: Problem, families: frozenset[str]) -> Any:
-        """Return the sums of every row, float64 (N, C, K)."""
+    def keeps(self, problem: Problem, families: frozenset[str], out: View) -> bool:
+        """Tell whether statistics may keep in ``out`` what the gradient then starts from."""
+
+    def statistics(
+        self, problem: Problem, families: frozenset[str], keep: View | None = None
+    ) -> Any:
+        """Return the sums of every row, float64 (N, C, K); ``keep``: an ``out`` that `keeps`."""
 
     def gradient(
         self,
@@ -57,6 +69,7 @@ class Backend(Protocol):
         out: View,
         families: frozenset[str],
         slopes: Any = None,
+        kept: bool = False,
     ) -> None:
         """Write the gradient of a loss that is made of ``families`` to ``out``."""
 
@@ -93,10 +106,20 @@ class Backend(Protocol):
     def count_labels(self, problem: Problem, num_classes: int) -> NDArray[np.float64]:
         """Return (true positives, predicted, true, valid) of label volumes, (N, num_classes, 4)."""
 
-    def update_table(self, params: Sequence[View], states: Sequence[Sequence[Any]]) -> UpdateTable:
-        """Make the table that updates the parameters, with states that `state_like` made."""
+    def update_table(
+        self,
+        params: Sequence[View],
+        states: Sequence[Sequence[Any]],
+        masters: Sequence[Any],
+        small_states: bool,
+    ) -> UpdateTable:
+        """Make the table that updates the parameters.
 
-    def state_like(self, param: View, k: int) -> Any:
+        States and masters (of parameters of 2 bytes; for others None) are what `state_like` made;
+        small states are bfloat16.
+        """
+
+    def state_like(self, param: View, k: int, dtype: str) -> Any:
         """Return zeros for an optimiser's state ``k``: (elements,), in memory order."""
 
     def counter(self, value: int) -> Any:
@@ -123,6 +146,12 @@ class Threads(Protocol):
 
     def get_num_threads(self) -> int:
         """Return how many threads a call may use."""
+
+    def are_threads_chosen(self) -> bool:
+        """Tell whether somebody chose the number of threads."""
+
+    def limit_threads(self, count: int) -> AbstractContextManager[None]:
+        """Let calls of this Python thread use no more threads than ``count``."""
 
     def describe(self) -> dict[str, Any]:
         """Return what ``fastseg info`` prints of the backend."""

@@ -53,5 +53,5 @@ def sigmoid(x: Any, out: Any = None) -> Any:
     backend_of(library, x).sigmoid(source, target)
     library.used((source.owner,))
     if out is not None:
-        library.written(out)
+        library.written((out,))
     return result

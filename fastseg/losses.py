@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fastseg.dispatch import Backend, backend_of, cpu
 from fastseg.libraries import Library, device_number, library_of
 from fastseg.options import DEFAULTS, Options
-from fastseg.problems import check_out, make_problem, raise_for_invalid
+from fastseg.problems import check_out, make_problem, raise_for_invalid, stand_in
 from fastseg.statistics import Statistics, picks, require
 from fastseg_kernels.constants import (
     BASE_COLUMNS,
@@ -284,7 +284,7 @@ class Loss:
         backend.gradient(problem, coefficients, view, self.families())
         library.used(problem.owners)
         if out is not None:
-            library_of(out, "out").written(out)
+            library_of(out, "out").written((out,))
         return grad
 
     # Together
@@ -317,7 +317,11 @@ class Loss:
         out: Any = None,
         grad_scale: Any = 1.0,
     ) -> tuple[Any, Any]:
-        """Return the value and its gradient with respect to the logits; options as the verbs'."""
+        """Return the value and its gradient with respect to the logits; options as the verbs'.
+
+        After an error about invalid targets, which are found on the way, ``out`` is as it was, or
+        NaN throughout.
+        """
         value, grad, _ = self._run(logits, targets, mask, weight_map, (), out, grad_scale)
         return value, grad
 
@@ -334,6 +338,8 @@ class Loss:
         grad_scale: Any = 1.0,
     ) -> tuple[Any, Any, Statistics]:
         """Return the value, its gradient and the statistics; options as the verbs'.
+
+        Where targets are invalid ``out`` is left as `value_and_grad` leaves it.
 
         With ``track=("hard",)`` a training step has its hard Jaccard index without another pass:
         ``s.jaccard_index()``, which on a GPU waits for this one.
@@ -399,21 +405,22 @@ class Loss:
         grad_scale: Any,
     ) -> tuple[Any, Any, tuple[Any, tuple[str, ...], Backend]]:
         """Run the three verbs on one problem; return value, gradient, and sums with their names."""
-        families = self.families(track)
+        families, own = self.families(track), self.families()
         library, problem = self._problem(logits, targets, mask, weight_map, families)
         grad = library.empty_like(logits) if out is None else out
         view = check_out(
             grad, logits, library, problem, self.options.layout
         )  # before anything is computed
         backend = backend_of(library, logits)
-        sums = self._sums(backend, problem, families)
+        kept = backend.keeps(problem, own, view)
+        sums = self._sums(backend, problem, families, view if kept else None)
         dtype = problem.arrangement.real
         result = self._evaluate(backend, sums, columns(families), grad_scale, dtype)
         result, slopes = self._with_sorted(backend, problem, sums, result, True)
-        backend.gradient(problem, result.coefficients, view, self.families(), slopes)
+        backend.gradient(problem, result.coefficients, view, own, slopes, kept)
         library.used(problem.owners)
         if out is not None:
-            library_of(out, "out").written(out)
+            library_of(out, "out").written((out,))
         value = library.array(self._reduced(result.value), dtype, logits)
         return value, grad, (sums, columns(families), backend)
 
@@ -425,6 +432,14 @@ class Loss:
             return result, None
         batch = self._sorting[0].scope == "batch"
         return backend.sorted_slopes(problem, sums, result, batch, with_slopes)
+
+    def _check_arrays(self, *arrays: Any) -> None:
+        """Raise for the shapes and dtypes of logits, targets, mask and weight map.
+
+        Of arrays that are not there yet, as those that a compiler traces.
+        """
+        logits, targets, mask, weight_map = map(stand_in, arrays)
+        self._problem(logits, targets, mask, weight_map, self.families())
 
     def _problem(
         self, logits: Any, targets: Any, mask: Any, weight_map: Any, families: frozenset[str]
@@ -441,10 +456,19 @@ class Loss:
             raise ValueError("with softmax a curve cannot be counted with a weight_map")
         return make_problem(logits, targets, mask, weight_map, self.options, activation, threshold)
 
-    def _sums(self, backend: Backend, problem: Problem, families: frozenset[str]) -> Any:
+    def _sums(
+        self,
+        backend: Backend,
+        problem: Problem,
+        families: frozenset[str],
+        keep: View | None = None,
+    ) -> Any:
         """Read the volume; what is on the host is checked at once, elsewhere the value is NaN."""
-        sums = backend.statistics(problem, families)
+        sums = backend.statistics(problem, families, keep)
         if type(sums) is np.ndarray and np.count_nonzero(sums[:, :, _INVALID]):
+            if keep is not None:  # what was kept is no gradient, and must not be taken for one
+                owner: Any = keep.owner
+                owner[...] = np.nan
             rows = sums[:, :1] if problem.arrangement.indexed else sums
             invalid, total = rows[:, :, (_INVALID, _COUNT)].sum(axis=(0, 1)).astype(int)
             raise_for_invalid(problem, invalid, total, labels="labels" in families)
@@ -524,6 +548,13 @@ class Loss:
 
     def _reduced(self, value: Any) -> Any:
         return value if value.ndim == 0 or self.options.reduction == "none" else value[0, 0]
+
+
+def checked_loss(loss: Any) -> Loss:
+    """Return ``loss``, the argument of that name, if it is one."""
+    if not isinstance(loss, Loss):
+        raise TypeError(f"loss must be a fastseg loss, got {type(loss).__name__}")
+    return loss
 
 
 def implied_activation(parts: tuple[tuple[float, Term], ...], options: Options) -> str:

@@ -22,6 +22,7 @@ from test_exclusion import *  # noqa: F403
 from test_forms import *  # noqa: F403
 from test_lovasz import *  # noqa: F403
 from test_metrics import *  # noqa: F403
+from test_optimizer_options import *  # noqa: F403
 from test_optimizers import *  # noqa: F403
 from test_softmax import *  # noqa: F403
 from test_terms import test_scope_says_which_rows_are_averaged_together  # noqa: F401
@@ -33,6 +34,7 @@ MODULES = (
     "test_forms",
     "test_lovasz",
     "test_metrics",
+    "test_optimizer_options",
     "test_optimizers",
     "test_softmax",
 )

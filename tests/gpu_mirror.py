@@ -15,7 +15,7 @@ import numpy as np
 from fastseg.problems import _extent
 from fastseg_kernels.cuda import Backend
 from fastseg_kernels.problem import Evaluation, Problem
-from fastseg_kernels.updates import Rule
+from fastseg_kernels.updates import Guard, Rule
 from fastseg_kernels.views import Layout, View
 
 ALIGNMENT = 256
@@ -65,9 +65,15 @@ class MirrorTable:
     """The table of an optimiser whose arrays are on the host."""
 
     def __init__(
-        self, backend: MirrorBackend, params: Sequence[View], states: Sequence[Sequence[Any]]
+        self,
+        backend: MirrorBackend,
+        params: Sequence[View],
+        states: Sequence[Sequence[Any]],
+        masters: Sequence[Any],
+        small_states: bool,
     ) -> None:
-        self.backend, self.states = backend, states
+        self.backend, self.states, self.small_states = backend, [*states], small_states
+        self.masters = [*masters]
         self.set_params(params)
 
     def set_params(self, params: Sequence[View]) -> None:
@@ -76,22 +82,41 @@ class MirrorTable:
     def set_grads(self, grads: Sequence[View]) -> None:
         self.grads = grads
 
-    def update(self, rule: Rule, step: int, lr: Any, grad_scale: Any, zero_grads: bool) -> None:
+    def norm(self) -> float:
+        table, *_ = self._table()
+        return float(table.norm().get()[0])
+
+    def _table(self) -> Any:
         cupy, device = self.backend.cupy, self.backend.device
         views = [*self.params, *self.grads]
         mirror = Mirror(cupy, [_span(view.address, view.layout) for view in views])
-        states = [[cupy.asarray(array) for array in arrays] for arrays in self.states]
+        states = [
+            [None if array is None else cupy.asarray(array) for array in arrays]
+            for arrays in (self.masters, *self.states)
+        ]
         params, grads = (
             [view._replace(address=mirror[view.address]) for view in views]
             for views in (self.params, self.grads)
         )
-        table = device.update_table(params, states)
+        table = device.update_table(params, states[1:], states[0], self.small_states)
         table.set_grads(grads)
-        table.update(rule, step, lr, grad_scale, zero_grads)
+        return table, mirror, states
+
+    def update(
+        self, rule: Rule, step: Any, lr: Any, grad_scale: Any, zero_grads: bool, guard: Guard
+    ) -> bool:
+        table, mirror, states = self._table()
+        taken = step if isinstance(step, np.ndarray) else np.array([step - 1], np.int64)
+        counter = self.backend.cupy.asarray(taken)
+        table.update(rule, counter, lr, grad_scale, zero_grads, guard)
         mirror.fetch()
-        for arrays, copies in zip(self.states, states, strict=True):
+        for arrays, copies in zip((self.masters, *self.states), states, strict=True):
             for array, copy in zip(arrays, copies, strict=True):
-                array[...] = copy.get()
+                if array is not None:
+                    array[...] = copy.get()
+        before = int(taken[0])
+        taken[...] = counter.get()
+        return bool(taken[0] > before)
 
 
 class MirrorBackend:
@@ -109,7 +134,12 @@ class MirrorBackend:
         addresses = tuple(mirror[address] for address in problem.addresses)
         return problem._replace(addresses=addresses), mirror
 
-    def statistics(self, problem: Problem, families: frozenset[str]) -> Any:
+    def keeps(self, problem: Problem, families: frozenset[str], out: View) -> bool:
+        return False
+
+    def statistics(
+        self, problem: Problem, families: frozenset[str], keep: View | None = None
+    ) -> Any:
         moved, _mirror = self._moved(problem)
         return self.device.to_host(self.device.statistics(moved, families))
 
@@ -120,6 +150,7 @@ class MirrorBackend:
         out: View,
         families: frozenset[str],
         slopes: Any = None,
+        kept: bool = False,
     ) -> None:
         moved, mirror = self._moved(problem, out)
         there = out._replace(address=mirror[out.address])
@@ -153,11 +184,16 @@ class MirrorBackend:
         moved, _mirror = self._moved(problem)  # which must outlive the call
         return self.device.count_labels(moved, num_classes)
 
-    def update_table(self, params: Any, states: Any) -> MirrorTable:
-        return MirrorTable(self, params, states)
+    def update_table(
+        self, params: Any, states: Any, masters: Any, small_states: bool
+    ) -> MirrorTable:
+        return MirrorTable(self, params, states, masters, small_states)
 
-    def state_like(self, param: View, k: int) -> Any:
-        return np.zeros(int(np.prod(param.shape)), param.dtype)
+    def state_like(self, param: View, k: int, dtype: str) -> Any:
+        return np.zeros(int(np.prod(param.shape)), "int16" if dtype == "bfloat16" else dtype)
+
+    def counter(self, value: int) -> Any:
+        return np.array([value], np.int64)
 
     def is_recording(self) -> bool:
         return False

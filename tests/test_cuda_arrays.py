@@ -24,7 +24,7 @@ import torch
 import cases
 import fastseg as fs
 import fastseg.torch
-from fastseg import dispatch, info, libraries
+from fastseg import dispatch, info, libraries, updater
 from fastseg_kernels.cuda import Backend, installation, job
 from fastseg_kernels.cuda.runtime import CuPyDriver, TorchMemory
 from gpu_mirror import MirrorBackend
@@ -427,7 +427,7 @@ def test_a_step_on_another_stream_or_in_a_graph_has_copies_of_its_own():
     params, grads = on_device(np.zeros(9, np.float32), np.ones(9, np.float32))
     opt = fs.Momentum(params, lr=0.1)
     opt.step(grads)
-    (part,) = opt._table._parts
+    (part,) = opt._updater._table._parts
     first = dict(part.copies)
     opt.step(grads)
     assert all(part.copies[name] is first[name] for name in first)
@@ -589,14 +589,77 @@ def test_parameters_of_two_places_are_refused():
         opt.step([host_array + 1], lr=cupy.asarray(0.1))
 
 
-def test_the_first_step_of_pytorchs_momentum_is_not_recorded():
+def test_the_first_step_of_dampened_momentum_is_not_recorded():
     params, grads = on_device(np.zeros(9, np.float32), np.ones(9, np.float32))
-    opt = fs.Momentum(params, lr=0.1, form="pytorch")
+    options = {"lr": 0.1, "form": "pytorch", "dampening": 0.5}
+    opt = fs.Momentum(params, **options)
     cupy.current = cupy.Stream(2)  # the default stream of a thread may be recorded too
     cupy.current.capturing = True
-    with pytest.raises(RuntimeError, match="a graph would repeat the first step"):
+    with pytest.raises(RuntimeError, match="a graph would repeat the step with the number"):
         opt.step(grads)
     assert opt.step_count == 0 and not host(params).any()
+    counting = fs.Momentum(params, capturable=True, **options)
+    for taken in (0.1, 0.1 + 0.1 * (0.9 + 0.5)):  # the first is not dampened
+        counting.step(grads)
+        close(params, np.full(9, -taken), 1e-6)
+
+
+NUMBERS = [("float16", None), ("float32", None), ("float32", "bfloat16"), ("float16", "bfloat16")]
+
+
+@pytest.mark.parametrize(("dtype", "state_dtype"), NUMBERS)
+def test_a_gpu_drops_and_clips_steps_without_being_asked_about_it(dtype, state_dtype):
+    """Numbers of the device decide; states go to the CPU and come back."""
+    rng = np.random.default_rng(0)
+    params = [rng.normal(size=size).astype(dtype) for size in (3, 4099)]
+    theirs = on_device(*params)
+    options = {"lr": 0.1, "state_dtype": state_dtype, "amsgrad": True}
+    mine, other = fs.Adam(params, **options), fs.Adam(theirs, **options)
+    for k in range(5):
+        grads = [rng.normal(size=p.shape).astype(dtype) for p in params]
+        if k == 1:
+            grads[1][7] = np.inf
+        found = np.float32(k == 3)
+        arguments = {"max_norm": 2.0, "skip_non_finite": True, "zero_grads": True}
+        there = on_device(*grads)
+        norm = other.grad_norm(there)
+        cupy.events.clear()
+        other.step(there, grad_norm=norm, found_inf=cupy.asarray(found), **arguments)
+        assert cupy.events == [] and not any(host(g).any() for g in there)
+        assert float(host(norm)) == pytest.approx(mine.grad_norm(grads), rel=1e-12)
+        mine.step(grads, found_inf=found, **arguments)
+    assert mine.step_count == other.step_count == 3
+    for _ in range(2):  # there, and back
+        state = other.state_dict()
+        for name in mine._updater.states:
+            # Chance takes another side where the number beside it differs in its last digit.
+            tolerance = 1e-5 if state_dtype is None else 2.0**-7
+            for a, b in zip(mine.state_dict()[name], state[name], strict=True):
+                np.testing.assert_allclose(a, b, rtol=tolerance, atol=1e-6)
+        again, back = fs.Adam(theirs, **options), fs.Adam(params, **options)
+        back.load_state_dict(state)
+        again.load_state_dict(back.state_dict())
+        assert again.step_count == 3
+        for name in state:
+            np.testing.assert_equal(again.state_dict()[name], state[name])
+        other = again
+
+
+def test_a_step_that_may_be_dropped_is_counted_on_the_device_before_it_is_recorded():
+    params, grads = on_device(np.zeros(9, np.float32), np.ones(9, np.float32))
+    opt = fs.GradientDescent(params, lr=0.1)
+    cupy.current = cupy.Stream(64)
+    cupy.current.capturing = True
+    with pytest.raises(RuntimeError, match="take one before recording"):
+        opt.step(grads, skip_non_finite=True)
+    cupy.current.capturing = False
+    opt.step(grads, skip_non_finite=True)
+    opt.step(grads * np.float32(np.nan), skip_non_finite=True)
+    cupy.current.capturing = True
+    opt.step(grads, skip_non_finite=True)
+    cupy.current.capturing = False
+    assert opt.step_count == 2  # the stand-in records nothing: it computes
+    close(params, np.full(9, -0.2), 1e-6)
 
 
 def test_invalid_targets_are_errors_once_the_sums_are_on_the_host():
@@ -764,7 +827,7 @@ def test_the_mirror_keeps_what_it_does_not_write(monkeypatch):
     wide = np.full((2, 3, 7, 11, 26), 5.0, np.float32)
     wide[..., ::2] = logits
     params, grads = [np.zeros((3, 2), np.float32), np.zeros(7)], [np.ones((3, 2), "f"), np.ones(7)]
-    for module in (fs.losses, fs.optimizers, fs.functional, fs.metrics):
+    for module in (fs.losses, updater, fs.functional, fs.metrics):
         monkeypatch.setattr(module, "backend_of", lambda library, array: mirror)
     monkeypatch.setattr(fs.losses, "cpu", lambda: mirror)
     x = wide[..., ::2]

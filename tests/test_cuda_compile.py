@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from fastseg_kernels.cuda.modules import TYPES, text
+from fastseg_kernels.cuda.updates import RULES
 from tools.count_sass import KERNELS, count
 from tools.nvrtc import Compiled, compile_text
 
@@ -58,9 +59,9 @@ class Group(NamedTuple):
     registers: int
 
 
-def updates() -> list[str]:
-    rules = ("Descent", "Momentum", "Adam")
-    return [f"update<{rule}, {real}>" for rule in rules for real in ("float", "double")]
+def updates(*types: str) -> list[str]:
+    """Return the updates of parameters, and perhaps states, of these types."""
+    return [f"update<{rule}, {pair}>" for rule in RULES.values() for pair in types]
 
 
 def sigmoids() -> list[str]:
@@ -190,8 +191,15 @@ GROUPS = {
         64,
     ),
     "labels": Group("labels.cu", ["count_labels<unsigned>"], 80),
-    "updates": Group("updates.cu", updates(), 120),
-    "steps": Group("updates.cu", ["count_step"], 64),
+    "updates": Group("updates.cu", updates("float", "double"), 144),
+    "updates with masters": Group("updates.cu", updates("__half", "__nv_bfloat16"), 96),
+    "updates with small states": Group(
+        "updates.cu",
+        updates(*(f"{param}, __nv_bfloat16" for param in ("float", "__half", "__nv_bfloat16"))),
+        104,
+    ),
+    "norms": Group("updates.cu", [f"squares<{element}>" for element in TYPES.values()], 64),
+    "steps": Group("updates.cu", ["count_step", "norm_of"], 64),
     "memory": Group("memory.cu", ["upload", "clear"], 40),
 }
 

@@ -18,8 +18,8 @@ import fastseg as fs
 import fastseg.functional
 import fastseg.losses
 import fastseg.metrics
-import fastseg.optimizers
 import fastseg.torch.ops
+import fastseg.updater
 from cuda_rows import *  # noqa: F403
 from hostcuda.runtime import host_backend
 from test_accuracy import check_gradient_of_constant_logits
@@ -33,7 +33,7 @@ PLACES = (
     fastseg.losses,
     fastseg.functional,
     fastseg.metrics,
-    fastseg.optimizers,
+    fastseg.updater,
     fastseg.torch.ops,
 )
 

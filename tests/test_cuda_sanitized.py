@@ -13,11 +13,11 @@ PROGRAM = """
 import sys
 import numpy as np
 import fastseg as fs
-import fastseg.functional, fastseg.losses, fastseg.metrics, fastseg.optimizers
+import fastseg.functional, fastseg.losses, fastseg.metrics, fastseg.updater
 from hostcuda.runtime import host_backend
 
 backend = host_backend()
-for module in (fs.losses, fs.functional, fs.metrics, fs.optimizers):
+for module in (fs.losses, fs.functional, fs.metrics, fs.updater):
     module.backend_of = lambda library, array: backend
 fs.losses.cpu = lambda: backend
 
@@ -39,6 +39,9 @@ for shape in sys.argv[1:]:
     fs.jaccard_index(t[:, 0], t[:, 0], empty=1.0)
     opt = fs.Adam([x, out], lr=0.1)
     opt.step([np.ones_like(x), np.ones_like(x)], zero_grads=True)
+    half = x.astype(np.float16)
+    opt = fs.Adam([half, out], lr=0.1, amsgrad=True, state_dtype="bfloat16")
+    opt.step([half + half, np.ones_like(x)], max_norm=1.0, skip_non_finite=True, zero_grads=True)
 print("clean")
 """
 

@@ -327,6 +327,7 @@ def make_quantity(kind: str, target: int, quantity: str) -> Any:
         Variant("float32", kind, "sigmoid", frozenset({"overlap", "bce_split"})), FLOAT32
     )
     sums_of, log_sum, slope = point.sums_of, point.log_sum, point.slope
+    masses_of = point.masses_of
     T = np.float32
     p = np.uint8(target) if kind == "binary" else T(target)
     zero, one = T(0), T(1)
@@ -341,14 +342,14 @@ def make_quantity(kind: str, target: int, quantity: str) -> Any:
 
         @njit(error_model="numpy")
         def mass(x):
-            got = sums_of(x, p, zero, settings)
+            got = sums_of(x, p, zero, masses_of(x), settings)
             return got.missed + got.false_alarm
 
         return mass
 
     @njit(error_model="numpy")
     def bce(x):
-        got = sums_of(x, p, zero, settings)
+        got = sums_of(x, p, zero, masses_of(x), settings)
         return log_sum(got.product_pos, got.bce_pos) + log_sum(got.product_neg, got.bce_neg)
 
     return bce

@@ -23,7 +23,7 @@ import fastseg.functional
 import fastseg.info
 import fastseg.losses
 import fastseg.metrics
-import fastseg.optimizers
+import fastseg.updater
 from cuda_rows import *  # noqa: F403
 from fastseg_kernels.cuda import Backend, backend
 from fastseg_kernels.cuda.modules import THREADS, text
@@ -32,7 +32,7 @@ from gpu_mirror import MirrorBackend
 pytestmark = pytest.mark.gpu
 LOSS = fs.BCE() + 2.0 * fs.SoftJaccard()
 SHAPE = (2, 3, 7, 11, 13)
-PLACES = (fastseg.losses, fastseg.functional, fastseg.metrics, fastseg.optimizers)
+PLACES = (fastseg.losses, fastseg.functional, fastseg.metrics, fastseg.updater)
 
 
 @pytest.fixture(scope="session")
@@ -210,6 +210,91 @@ def test_optimisers(cupy, rule):
         other.step([cupy.asarray(g) for g in grads], grad_scale=cupy.asarray(np.float32(0.5)))
     for a, b in zip(params, theirs, strict=True):
         np.testing.assert_allclose(b.get(), a, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("state_dtype", [None, "bfloat16"])
+def test_options_of_a_step(cupy, dtype, state_dtype):
+    rng = np.random.default_rng(0)
+    params = [rng.normal(size=n).astype(dtype) for n in (1, 4099, 100_003)]
+    theirs = [cupy.asarray(param) for param in params]
+    options = {"lr": 0.1, "amsgrad": True, "state_dtype": state_dtype}
+    mine, other = fs.Adam(params, **options), fs.Adam(theirs, **options)
+    for k in range(4):
+        grads = [rng.normal(size=p.shape).astype(dtype) for p in params]
+        if k == 1:
+            grads[1][7] = np.nan
+        there = [cupy.asarray(g) for g in grads]
+        if k != 1:
+            np.testing.assert_allclose(float(other.grad_norm(there)), mine.grad_norm(grads), 1e-12)
+        for opt, of in ((mine, grads), (other, there)):
+            opt.step(of, max_norm=1.0, skip_non_finite=True, zero_grads=True)
+        assert not any(g.any() for g in there)
+    assert other.step_count == mine.step_count == 3
+    for a, b in zip(params, theirs, strict=True):
+        np.testing.assert_allclose(b.get(), a, rtol=2e-3, atol=1e-3)
+    again = fs.Adam(params, **options)
+    again.load_state_dict(other.state_dict())
+    assert again.step_count == 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_optimisers_of_torch(torch, dtype):
+    import fastseg.torch
+
+    torch.manual_seed(0)
+    kind = getattr(torch, dtype)
+    values = [torch.randn(shape, device="cuda") for shape in ((3, 5), (4099,), (64, 33, 3, 3))]
+    params = [torch.nn.Parameter(value.to(kind)) for value in values]
+    wide = [torch.nn.Parameter(param.detach().float()) for param in params]
+    opt = fastseg.torch.AdamW(params, lr=0.01, max_norm=1.0, zero_grads=True)
+    peer = torch.optim.AdamW(wide, lr=0.01)
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0, growth_interval=1000)
+    for step in range(5):
+        with torch.autocast("cuda", enabled=False):
+            loss = sum(
+                (param.float() * value).square().sum()
+                for param, value in zip(params, values, strict=True)
+            )
+        scaler.scale(loss).backward()
+        if step == 2:
+            params[1].grad[5] = float("inf")
+        else:
+            for p, q in zip(params, wide, strict=True):
+                q.grad = p.grad.float() / 1024.0
+            torch.nn.utils.clip_grad_norm_(wide, 1.0)
+            peer.step()
+        scale = scaler.get_scale()
+        scaler.step(opt)
+        scaler.update(scale)
+        assert not any(p.grad.any() for p in params)
+    for p, q in zip(params, wide, strict=True):
+        torch.testing.assert_close(opt.state[p].get("master_param", p.detach()), q.detach())
+    assert int(opt.state_dict()["state"][0]["step"]) == 4
+    torch.optim.AdamW(wide).load_state_dict(opt.state_dict())
+
+
+def test_a_step_of_torch_in_a_graph(torch):
+    import fastseg.torch
+
+    param, other = (torch.nn.Parameter(torch.ones(1000, device="cuda")) for _ in range(2))
+    grad = torch.randn(1000, device="cuda")
+    param.grad, other.grad = grad.clone(), grad.clone()
+    opt, peer = fastseg.torch.Adam([param], max_norm=1.0), torch.optim.Adam([other])
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        opt.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        opt.step()
+    for _ in range(3):
+        graph.replay()
+    torch.nn.utils.clip_grad_norm_([other], 1.0)
+    for _ in range(4):
+        peer.step()
+    torch.testing.assert_close(param, other, rtol=1e-5, atol=1e-6)
+    assert int(opt.state[param]["step"]) == 4
 
 
 # Streams, graphs, memory

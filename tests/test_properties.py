@@ -15,7 +15,9 @@ import oracle
 from cases import VALUE_RTOL, magnitude, name_of, ulp_error
 from fastseg_kernels import reference as ref
 
-COMPILES = settings(deadline=None, max_examples=150)  # the first example of a dtype compiles
+# The first example of a dtype compiles. The same examples in each run: a change is judged by what
+# it changes; take derandomize away to look for others.
+COMPILES = settings(deadline=None, max_examples=150, derandomize=True)
 FLOATS = st.sampled_from([np.float32, np.float64, np.float16])
 LABELS = st.sampled_from([np.bool_, np.uint8, np.int16, np.uint32, np.int64])
 SHAPES = st.tuples(

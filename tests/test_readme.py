@@ -1,4 +1,4 @@
-"""The code of the README and of docs/losses.md runs as printed; commands are where CI looks."""
+"""The code of the README and of two pages runs as printed; commands are where CI looks."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from test_terms import variants
+
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
-PAGES = TEXT + (ROOT / "docs" / "losses.md").read_text()
+PAGES = TEXT + "".join(
+    (ROOT / "docs" / f"{name}.md").read_text()
+    for name in ("losses", "petavoxel", "trainers", "volumes")
+)
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGES, re.DOTALL)
 
 
@@ -49,6 +54,7 @@ def test_the_toy_loss_of_contributing_is_complete(tmp_path):
     assert code is not None
     scope = dict(vars(terms))
     exec(compile(code[1], "CONTRIBUTING.md", "exec"), scope)
+    assert len(variants(scope["MissedShare"])) > 8  # what tests/test_terms.py will make of it
     loss = scope["MissedShare"]().replace(activation=None)
     probs, targets = np.array([[[0.25, 1.0, 0.5]]]), np.array([[[1, 1, 0]]])
     assert loss(probs, targets) == 0.375

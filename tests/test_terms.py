@@ -44,6 +44,12 @@ OPTIONS = {
 }
 
 
+def has_squared_form(cls: type) -> bool:
+    """Tell whether missed voxels and false alarms count alike in both rows of coefficients."""
+    term = cls()
+    return term.errors()[0] == term.errors()[1] and term.sizes()[1] == term.sizes()[2]
+
+
 def variants(cls: type) -> list[fs.Term]:
     """Return the term with each of its options set, and with all of them."""
     names = [field.name for field in fields(cls)]
@@ -52,7 +58,7 @@ def variants(cls: type) -> list[fs.Term]:
     result = [cls(), *(cls(**{name: value}) for name, value in known.items()), cls(**together)]
     if "scope" in names:
         result += [cls(scope=scope, empty="skip") for scope in ("image", "class")]
-    if "form" in names:
+    if "form" in names and has_squared_form(cls):
         result += [cls(form="squared"), cls(form="squared", smooth_num=0.7, scope="batch")]
     if "gamma" in names and "link" not in names:
         result += [cls(gamma=gamma) for gamma in (0.0, 0.5, 1.0, 3.0, 9.25)]

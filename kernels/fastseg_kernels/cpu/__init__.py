@@ -15,11 +15,18 @@ from fastseg_kernels.cpu.memory import (
     state_like,
     to_host,
 )
-from fastseg_kernels.cpu.passes import gradient, sorted_slopes, statistics
-from fastseg_kernels.cpu.threads import describe, get_num_threads, set_num_threads
+from fastseg_kernels.cpu.passes import gradient, keeps, sorted_slopes, statistics
+from fastseg_kernels.cpu.threads import (
+    are_threads_chosen,
+    describe,
+    get_num_threads,
+    limit_threads,
+    set_num_threads,
+)
 from fastseg_kernels.cpu.updates import Table as update_table
 
 __all__ = [
+    "are_threads_chosen",
     "cache_directory",
     "compile_target",
     "count_labels",
@@ -31,6 +38,8 @@ __all__ = [
     "get_num_threads",
     "gradient",
     "is_recording",
+    "keeps",
+    "limit_threads",
     "prepare",
     "set_num_threads",
     "sigmoid",

@@ -214,6 +214,18 @@ def pasted(body: Callable[..., Any]) -> Any:
     return njit(**OPTIONS, inline="always")(body)
 
 
+def c_function(body: Callable[..., Any], name: str, signature: Any) -> Any:
+    """Compile a function that C can call, through the cache; ``address`` is where it is."""
+    body.__qualname__ = f"{name}."
+    _name_by_content(body)
+    types = (signature.args, signature.return_type)
+    compiled: Any = _ccallback.CFunc(body, types, {}, OPTIONS)
+    compiled._cache = DiskCache(name)
+    with _COMPILING:
+        compiled.compile()
+    return compiled
+
+
 class Kernel:
     """A compiled kernel ``kernel(job, first, last)``: process the tasks [first, last) of a job.
 
@@ -224,13 +236,7 @@ class Kernel:
 
     def __init__(self, body: Callable[..., Any], name: str) -> None:
         self.name = name
-        body.__qualname__ = f"{name}."
-        _name_by_content(body)
-        signature = (KERNEL_SIGNATURE.args, KERNEL_SIGNATURE.return_type)
-        compiled = _ccallback.CFunc(body, signature, {}, OPTIONS)
-        compiled._cache = DiskCache(name)
-        with _COMPILING:
-            compiled.compile()
+        compiled = c_function(body, name, KERNEL_SIGNATURE)
         self.address: int = compiled.address
         self.call: Callable[[int, int, int], None] = compiled.ctypes
         self._keep_alive = compiled

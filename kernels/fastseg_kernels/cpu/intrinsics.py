@@ -51,6 +51,18 @@ def bits_of(typing_context: Any, x: Any) -> tuple[Any, Callable[..., Any]]:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def has_sign(typing_context: Any, x: Any) -> tuple[Any, Callable[..., Any]]:
+    """Tell whether the sign bit of a float is set, that of -0.0 and of NaN included."""
+    _require(x in BITS_TYPE, "has_sign takes float32 or float64,", x)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits = builder.bitcast(args[0], context.get_value_type(BITS_TYPE[x]))
+        return builder.icmp_signed("<", bits, ir.Constant(bits.type, 0))
+
+    return types.boolean(x), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def from_bits(typing_context: Any, x: Any) -> tuple[Any, Callable[..., Any]]:
     """Return the float whose bits are the signed integer ``x``: the inverse of `bits_of`."""
     _require(x in FLOAT_TYPE, "from_bits takes int32 or int64,", x)
@@ -59,6 +71,28 @@ def from_bits(typing_context: Any, x: Any) -> tuple[Any, Callable[..., Any]]:
         return builder.bitcast(args[0], context.get_value_type(signature.return_type))
 
     return FLOAT_TYPE[x](x), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def widen_half_bits(typing_context: Any, bits: Any) -> tuple[Any, Callable[..., Any]]:
+    """Return the float32 whose float16 has these bits: one instruction, of CPUs with F16C alone."""
+    _require(bits == types.uint16, "widen_half_bits takes uint16,", bits)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(bits), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def round_to_half_bits(typing_context: Any, x: Any) -> tuple[Any, Callable[..., Any]]:
+    """Return the bits of a float32 rounded to float16: as `widen_half_bits`."""
+    _require(x == types.float32, "round_to_half_bits takes float32,", x)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(x), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -101,6 +135,27 @@ def is_inside(typing_context: Any, a: Any, end: Any) -> tuple[Any, Callable[...,
         return builder.icmp_unsigned("<", *args)
 
     return types.boolean(a, end), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def scrambled(typing_context: Any, start: Any, i: Any) -> tuple[Any, Callable[..., Any]]:
+    """Return a hash of ``start + i`` in 32 bits, each of which depends on all of these.
+
+    That of C. Wellons, "Prospecting for hash functions", 2018. Numba would compute it in 64 bits,
+    which costs three times as much on half as many numbers.
+    """
+    integers = isinstance(i, types.Integer) and start == types.uint32
+    _require(integers, "scrambled takes uint32 and an index,", (start, i))
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(32)
+        number = builder.add(args[0], builder.trunc(args[1], word))
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            number = builder.xor(number, builder.lshr(number, word(shift)))
+            number = builder.mul(number, word(factor))
+        return builder.xor(number, builder.lshr(number, word(16)))
+
+    return start(start, types.int64), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]

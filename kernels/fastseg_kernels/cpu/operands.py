@@ -9,6 +9,7 @@ mathematics, and no copy of a volume is ever made.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,17 +18,17 @@ from fastseg_kernels.constants import (
     DTYPE_CODES,
     ITEM_SIZES,
     MAX_DIMS,
-    TARGETS_AS_STORED,
-    TARGETS_NONZERO,
 )
-from fastseg_kernels.cpu.compiled import function
+from fastseg_kernels.cpu.compiled import compile_target, function
 from fastseg_kernels.cpu.elementary import Real
 from fastseg_kernels.cpu.intrinsics import (
     address_of,
     bits_of,
     from_bits,
     pointer_to,
+    round_to_half_bits,
     wide_vectors,
+    widen_half_bits,
 )
 from fastseg_kernels.views import Layout
 
@@ -210,13 +211,17 @@ def _make_widen(source_type: Any, target_type: Any) -> Any:
 
 
 # Half and bfloat16 have no type in Numba: they are widened as bits, exactly.
+HAS_HALF = bool(compile_target()["features"].get("f16c"))
 _HALF_EXPONENT_SHIFT = np.float32(2.0**112)  # from half's exponent bias, 15, to float32's, 127
 _HALF_INFINITY = np.int32(0x7C00 << 13)
 _FLOAT_INFINITY = np.int32(0x7F800000)
 
 
 @function
-def _half_to_float(half):  # type: ignore[no-untyped-def]
+def half_to_float(half):  # type: ignore[no-untyped-def]
+    """Widen the bits of a float16."""
+    if HAS_HALF:
+        return widen_half_bits(half)
     bits = np.int32(half)
     magnitude = np.int32(np.int32(bits & np.int32(0x7FFF)) << np.int32(13))
     scaled = bits_of(from_bits(magnitude) * _HALF_EXPONENT_SHIFT)  # subnormal halves included
@@ -226,7 +231,8 @@ def _half_to_float(half):  # type: ignore[no-untyped-def]
 
 
 @function
-def _bfloat16_to_float(bits):  # type: ignore[no-untyped-def]
+def bfloat16_to_float(bits):  # type: ignore[no-untyped-def]
+    """Widen the bits of a bfloat16."""
     return from_bits(np.int32(np.int32(bits) << np.int32(16)))
 
 
@@ -237,8 +243,10 @@ _QUIET_NAN = np.int32(0x7E00)
 
 
 @function
-def _float_to_half(x):  # type: ignore[no-untyped-def]
-    """Round to nearest, ties to even, in integers."""
+def float_to_half(x):  # type: ignore[no-untyped-def]
+    """Round to nearest, ties to even; in integers where the CPU cannot."""
+    if HAS_HALF:
+        return round_to_half_bits(x)
     bits = bits_of(x)
     sign = np.int32(np.int32(bits >> np.int32(16)) & np.int32(0x8000))
     magnitude = np.int32(bits & np.int32(0x7FFFFFFF))
@@ -256,7 +264,7 @@ def _float_to_half(x):  # type: ignore[no-untyped-def]
 
 
 @function
-def _float_to_bfloat16(x):  # type: ignore[no-untyped-def]
+def float_to_bfloat16(x):  # type: ignore[no-untyped-def]
     """Round to nearest, ties to even, in integers."""
     bits = bits_of(x)
     odd = np.int32(np.int32(bits >> np.int32(16)) & np.int32(1))
@@ -268,28 +276,38 @@ def _float_to_bfloat16(x):  # type: ignore[no-untyped-def]
     )
 
 
-def make_load_reals(real: Real) -> Any:
-    """Return ``load_reals(address, code, count, out)``: widen contiguous elements of any dtype."""
+@cache
+def make_widen_small(real: Real) -> tuple[Any, Any]:
+    """Return ``widen(address, count, out)`` for float16, and for bfloat16."""
     T = real.scalar
-    widen_u8, widen_i8 = _make_widen(np.uint8, T), _make_widen(np.int8, T)
-    widen_u16, widen_i16 = _make_widen(np.uint16, T), _make_widen(np.int16, T)
-    widen_u32, widen_i32 = _make_widen(np.uint32, T), _make_widen(np.int32, T)
-    widen_u64, widen_i64 = _make_widen(np.uint64, T), _make_widen(np.int64, T)
-    widen_f32, widen_f64 = _make_widen(np.float32, T), _make_widen(np.float64, T)
 
     @function
     def widen_half(source, count, out):  # type: ignore[no-untyped-def]
         wide_vectors()
         data = pointer_to(source, np.uint16)
         for i in range(count):
-            out[i] = T(_half_to_float(data[i]))
+            out[i] = T(half_to_float(data[i]))
 
     @function
     def widen_bfloat16(source, count, out):  # type: ignore[no-untyped-def]
         wide_vectors()
         data = pointer_to(source, np.uint16)
         for i in range(count):
-            out[i] = T(_bfloat16_to_float(data[i]))
+            out[i] = T(bfloat16_to_float(data[i]))
+
+    return widen_half, widen_bfloat16
+
+
+@cache  # or each of its users would have it compiled anew
+def make_load_reals(real: Real) -> Any:
+    """Return ``load_reals(address, code, count, out)``: widen contiguous elements of any dtype."""
+    T = real.scalar
+    widen_half, widen_bfloat16 = make_widen_small(real)
+    widen_u8, widen_i8 = _make_widen(np.uint8, T), _make_widen(np.int8, T)
+    widen_u16, widen_i16 = _make_widen(np.uint16, T), _make_widen(np.int16, T)
+    widen_u32, widen_i32 = _make_widen(np.uint32, T), _make_widen(np.int32, T)
+    widen_u64, widen_i64 = _make_widen(np.uint64, T), _make_widen(np.int64, T)
+    widen_f32, widen_f64 = _make_widen(np.float32, T), _make_widen(np.float64, T)
 
     @function
     def load_reals(source, code, count, out):  # type: ignore[no-untyped-def]
@@ -321,6 +339,7 @@ def make_load_reals(real: Real) -> Any:
     return load_reals
 
 
+@cache
 def make_store_reals(real: Real) -> Any:
     """Return ``store_reals(values, count, code, out)``: round once to a floating-point dtype."""
     T = real.scalar
@@ -339,11 +358,11 @@ def make_store_reals(real: Real) -> Any:
         elif code == F16:
             halves = pointer_to(destination, np.uint16)
             for i in range(count):
-                halves[i] = _float_to_half(np.float32(values[i]))
+                halves[i] = float_to_half(np.float32(values[i]))
         else:
             brains = pointer_to(destination, np.uint16)
             for i in range(count):
-                brains[i] = _float_to_bfloat16(np.float32(values[i]))
+                brains[i] = float_to_bfloat16(np.float32(values[i]))
 
     assert T in (np.float32, np.float64)
     return store_reals
@@ -395,34 +414,3 @@ def load_labels(source, code, count, out):  # type: ignore[no-untyped-def]
         whole = abs(value) < _EXACT_INTEGERS
         label = np.int64(value) if whole else np.int64(NO_LABEL)
         out[i] = label if whole and np.float64(label) == value else np.int64(NO_LABEL)
-
-
-@function
-def _classify(labels, count, job, ignore, positive, codes):  # type: ignore[no-untyped-def]
-    """Turn labels into 0, 1, `INVALID` or `EXCLUDED`; ignore_index is compared first."""
-    for i in range(count):
-        label = labels[i]
-        if job.target_mode == TARGETS_AS_STORED:
-            code = np.uint8(1) if label == 1 else (np.uint8(0) if label == 0 else np.uint8(INVALID))
-        elif job.target_mode == TARGETS_NONZERO:
-            code = np.uint8(label != 0)
-        else:
-            code = np.uint8(label == positive)
-        if label != label:  # NaN
-            code = np.uint8(INVALID)
-        codes[i] = np.uint8(EXCLUDED) if job.has_ignore != 0 and label == ignore else code
-
-
-@function
-def load_codes(source, code, count, job, integers, doubles, codes):  # type: ignore[no-untyped-def]
-    """Turn ``count`` contiguous labels of any dtype into codes of one byte.
-
-    ``integers`` and ``doubles`` are two names of one scratch buffer of ``count`` eight-byte items.
-    NaN is `INVALID`.
-    """
-    if code >= FIRST_FLOAT:
-        _widen_to_double(source, code, count, doubles)
-        _classify(doubles, count, job, job.ignore_real, job.positive_real, codes)
-    else:
-        _load_integers(source, code, count, integers)
-        _classify(integers, count, job, job.ignore_label, job.positive_label, codes)

@@ -29,7 +29,7 @@ from fastseg_kernels.cpu.intrinsics import (
 from fastseg_kernels.cpu.operands import SCRATCH_WORDS, STAGE, voxel_address
 from fastseg_kernels.cpu.points import Coefficients, Settings, Variant, make_is_allowed, make_point
 from fastseg_kernels.cpu.stage import EXCLUDED_INPUT, JOB, LOAD_REQUEST, PARTS
-from fastseg_kernels.cpu.tiles import TILE, make_tile_sums
+from fastseg_kernels.cpu.tiles import TILE, counts_undefined, make_tile_sums
 
 SHORTEST_BLOCK = 8192
 """Voxels of a block: large enough that its float64 epilogue (5 sums of 16 lanes) is below 1%."""
@@ -69,6 +69,15 @@ def _make_count_invalid(variant: Variant) -> Any:
     return count_invalid
 
 
+@function
+def count_nan(x, count):  # type: ignore[no-untyped-def]
+    """Return how many predictions are NaN."""
+    found = 0
+    for i in range(count):
+        found += x[i] != x[i]
+    return found
+
+
 def _make_direct_tail(variant: Variant) -> Any:
     """Return the copy of a row's last voxels, less than a tile, into padded buffers."""
     T = REALS[variant.real].scalar
@@ -90,10 +99,12 @@ def statistics_kernel(variant: Variant) -> Kernel:
     """Compile the kernel that fills ``job.sums`` for a variant; once per process."""
     T = REALS[variant.real].scalar
     Target = np.uint8 if variant.targets == "binary" else T
-    width = len(columns(variant.families, counts=False))
+    kept, names = variant.kept, columns(variant.families, counts=False)
+    width = len(names)
     probs, smallest = variant.activation == "probs", np.finfo(T).smallest_subnormal
     tile_sums, direct_tail = make_tile_sums(variant), _make_direct_tail(variant)
-    count_invalid = _make_count_invalid(variant)
+    count_invalid, later = _make_count_invalid(variant), counts_undefined(variant)
+    at_undefined = names.index("undefined") if later else 0
 
     def statistics(job_address, first, last):  # type: ignore[no-untyped-def]
         job = carray(pointer_to(job_address, JOB), 1)[0]
@@ -130,7 +141,10 @@ def statistics_kernel(variant: Variant) -> Kernel:
                 x_here = pointer_to(voxel_address(job.logits, n, first_class, voxel), T)
                 p_here = pointer_to(voxel_address(job.targets, n, first_class, voxel), Target)
                 count = min(piece, end - voxel)
-                bad = tile_sums(x_here, p_here, w, count // TILE, settings, out)
+                keep = w  # nothing is written there
+                if kept:
+                    keep = pointer_to(voxel_address(job.out, n, first_class, voxel), T)
+                bad = tile_sums(x_here, p_here, w, count // TILE, settings, out, keep)
                 if count % TILE != 0:
                     done = count - count % TILE
                     x_rest = pointer_to(voxel_address(job.logits, n, first_class, voxel + done), T)
@@ -138,9 +152,14 @@ def statistics_kernel(variant: Variant) -> Kernel:
                         voxel_address(job.targets, n, first_class, voxel + done), Target
                     )
                     direct_tail(x_rest, p_rest, count % TILE, x, p)
-                    bad |= tile_sums(x, p, w, 1, settings, out)
+                    bad |= tile_sums(x, p, w, 1, settings, out, w)
+                    if kept:
+                        for i in range(count % TILE):
+                            keep[done + i] = w[i]
                 if bad != 0:
                     out[INVALID_COLUMN] += count_invalid(x_here, p_here, w, count)
+                    if later:
+                        out[at_undefined] += count_nan(x_here, count)
                 if job.tallied != 0:
                     full = is_full(this_row, counted_row, in_words, count)
                     voxels.x, voxels.p = address_of(x_here), address_of(p_here)
@@ -162,11 +181,14 @@ def statistics_kernel(variant: Variant) -> Kernel:
                     ask.n, ask.c, ask.voxel, ask.count = n, c, voxel, count
                     ask.padded = tiles * TILE
                     call_kernel(job.load, job_address, address_of(ask_pointer), 0)
-                    if tile_sums(x, p, w, tiles, settings, out) != 0:
-                        out[INVALID_COLUMN] += count_invalid(x, p, w, count)
+                    x_here, p_here = pointer_to(ask.x_at, T), pointer_to(ask.p_at, Target)
+                    if tile_sums(x_here, p_here, w, tiles, settings, out, w) != 0:
+                        out[INVALID_COLUMN] += count_invalid(x_here, p_here, w, count)
+                        if later:
+                            out[at_undefined] += count_nan(x_here, count)
                     if job.tallied != 0:
                         k = c - first_class
-                        voxels.x, voxels.p = address_of(x), address_of(p)
+                        voxels.x, voxels.p = ask.x_at, ask.p_at
                         voxels.count, voxels.left_out = count, ask.left_out
                         voxels.words = words + 8 * job.row_words * k
                         voxels.flush_row = counted_row + k if full else -1
@@ -219,10 +241,11 @@ def _second_pass(variant: Variant, verb: str) -> Kernel:
     real = REALS[variant.real]
     T = real.scalar
     binary, weighted = variant.targets == "binary", variant.targets == "weighted"
-    folded = binary and variant.activation == "sigmoid" and "overlap_l1" in variant.families
+    folded = variant.of_binary_logits and "overlap_l1" in variant.families
     Target = np.uint8 if binary else T
     zero = T(0)
-    slope, size = make_point(variant, real).slope, np.dtype(T).itemsize
+    point, size, kept = make_point(variant, real), np.dtype(T).itemsize, variant.kept
+    slope, slope_of_kept = point.slope, point.slope_of_kept
 
     @function
     def slopes(x, p, w, count, coefficients, out):  # type: ignore[no-untyped-def]
@@ -232,8 +255,12 @@ def _second_pass(variant: Variant, verb: str) -> Kernel:
             coefficients[5], coefficients[6], coefficients[7], coefficients[8], coefficients[9],
             coefficients[10], coefficients[11],
         )  # fmt: skip
-        for i in range(count):
-            out[i] = slope(x[i], p[i], w[i] if weighted else zero, k)
+        if kept:
+            for i in range(count):  # through one pointer, or LLVM would see two that overlap
+                out[i] = slope_of_kept(out[i], p[i], zero, k)
+        else:
+            for i in range(count):
+                out[i] = slope(x[i], p[i], w[i] if weighted else zero, k)
 
     @function
     def add_slopes(count, given, out):  # type: ignore[no-untyped-def]
@@ -281,6 +308,7 @@ def _second_pass(variant: Variant, verb: str) -> Kernel:
                         p_here = pointer_to(voxel_address(job.targets, n, c, voxel), Target)
                     else:
                         call_kernel(job.load, job_address, address_of(ask_pointer), 0)
+                        x_here, p_here = pointer_to(ask.x_at, T), pointer_to(ask.p_at, Target)
                     slopes(x_here, p_here, w, count, k, g_here)
                     if job.tallied != 0:
                         voxels.x, voxels.p = address_of(x_here), address_of(p_here)

@@ -20,6 +20,7 @@ from fastseg_kernels.constants import (
     columns,
     gamma_of,
     lovasz_histogram,
+    without_gamma,
 )
 from fastseg_kernels.cpu import overlap, softmax, sorting, threads
 from fastseg_kernels.cpu.compiled import Kernel
@@ -31,7 +32,7 @@ from fastseg_kernels.cpu.histograms import (
 )
 from fastseg_kernels.cpu.operands import fill_operand
 from fastseg_kernels.cpu.overlap import block_length
-from fastseg_kernels.cpu.points import Variant
+from fastseg_kernels.cpu.points import HAS_MASKS, Variant
 from fastseg_kernels.cpu.softmax_stage import MOST_CLASSES, tile_load_kernel
 from fastseg_kernels.cpu.stage import EXCLUDED_INPUT, JOB, load_kernel, store_kernel
 from fastseg_kernels.cpu.threads import SHARED_FROM
@@ -62,7 +63,8 @@ class _Plan(NamedTuple):
     task_rows: int  # rows that a task reads
     share: bool  # large enough for more than one thread
     statistics: dict[frozenset[str], _Call]  # by the families that are added up
-    gradients: dict[frozenset[str], _Call]  # by the loss's families
+    gradients: dict[tuple[frozenset[str], bool], _Call]  # by the loss's families, and by `keeps`
+    keeps: bool = False  # arrays are such that statistics may keep something for the gradient
 
 
 def _word(*path: str) -> int:
@@ -74,6 +76,12 @@ def _word(*path: str) -> int:
         position += offset
     return position // 8
 
+
+MOST_KEPT = 2**25 if HAS_MASKS else 2**62
+"""Bytes of a gradient for which statistics keep something. What is kept is written and read once
+more: with vectors of 512 bits that is worth the arithmetic only while it stays in the caches."""
+NOT_KEPT = frozenset({"bce_flipped", "focal_bce", "sorted"})
+"""Families whose gradient needs more of a voxel than is kept."""
 
 # A call sets a few words of a flat copy: copying a nested record costs 16 us, this 0.3.
 OPERANDS = ("logits", "targets", "mask", "weights", "out")
@@ -159,7 +167,10 @@ def _plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
     variant = Variant(real, kind, arrangement.activation)
     share = prod(shape) >= SHARED_FROM
     task_rows = int(record["inner_classes"])
-    return _Plan(job, overlap, variant, tasks, blocks, task_rows, share, {}, {})
+    small = prod(shape) * ITEM_SIZES[real] <= MOST_KEPT
+    lies_right = bool(record["direct"] and record["in_place"])
+    keeps = small and lies_right and variant.of_binary_logits
+    return _Plan(job, overlap, variant, tasks, blocks, task_rows, share, {}, {}, keeps)
 
 
 def _softmax_plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
@@ -217,14 +228,33 @@ def _address(array: Any) -> int:
     return array.ctypes.data if array.size == 0 else addressof(c_char.from_buffer(array))
 
 
-def _statistics_call(arrangement: Arrangement, plan: _Plan, families: frozenset[str]) -> _Call:
+@lru_cache(maxsize=1024)
+def _slopes_of_kept(families: frozenset[str]) -> bool:
+    """Tell whether the gradient of a loss that is made of ``families`` needs only what is kept."""
+    return not without_gamma(families) & NOT_KEPT and lovasz_histogram(families) is None
+
+
+def keeps(problem: Problem, families: frozenset[str], out: View) -> bool:
+    """Tell whether the statistics may keep in ``out`` what `gradient` then makes a gradient of.
+
+    ``families``: the loss's. It is worth it while ``out`` lies in the caches afterwards.
+    """
+    plan = _plan(problem.arrangement, out.layout)
+    if not plan.keeps or out.address == problem.addresses[0]:
+        return False
+    return _slopes_of_kept(families)
+
+
+def _statistics_call(
+    arrangement: Arrangement, plan: _Plan, families: frozenset[str], keeping: bool
+) -> _Call:
     """Return the call that adds up the sums of ``families``."""
     variant, job = plan.variant, plan.job.copy()
     job["gamma"] = gamma_of(families)
     prepare_counts(job[0], (variant.real, variant.activation, variant.targets), families)
     width = len(columns(families, counts=False))
     return _Call(
-        plan.module.statistics_kernel(variant.adding(families)),
+        plan.module.statistics_kernel(variant.adding(families)._replace(kept=keeping)),
         job.view(np.int64),
         [],
         (*arrangement.shape[:2], plan.blocks, width),
@@ -233,28 +263,32 @@ def _statistics_call(arrangement: Arrangement, plan: _Plan, families: frozenset[
     )
 
 
-def _gradient_call(plan: _Plan, families: frozenset[str]) -> _Call:
+def _gradient_call(plan: _Plan, families: frozenset[str], kept: bool) -> _Call:
     """Return the call that writes the gradient of a loss made of ``families``."""
     variant, job = plan.variant, plan.job.copy()
     histogram = lovasz_histogram(families)
     if histogram is not None:
         prepare_look_up(job[0], (variant.real, variant.activation, variant.targets), histogram)
     job["coefficient_width"] = coefficient_width(families)
-    kernel = plan.module.gradient_kernel(variant.sloping(families))
+    kernel = plan.module.gradient_kernel(variant.sloping(families)._replace(kept=kept))
     return _Call(kernel, job.view(np.int64), [], bins=histogram.bins if histogram else 0)
 
 
-def statistics(problem: Problem, families: frozenset[str]) -> NDArray[np.float64]:
+def statistics(
+    problem: Problem, families: frozenset[str], keep: View | None = None
+) -> NDArray[np.float64]:
     """Return the sums of every row, float64 (N, C, K), columns as `constants.columns` names them.
 
-    One read of every operand; nothing of the volume's size is allocated.
+    One read of every operand; nothing of the volume's size is allocated. ``keep``: the ``out`` of
+    the `gradient` that follows with ``kept=True``, where `keeps` allows it.
     """
     arrangement = problem.arrangement
-    plan = _plan(arrangement, None)
+    plan = _plan(arrangement, None if keep is None else keep.layout)
     call = plan.statistics.get(families)
     if call is None:
-        call = plan.statistics[families] = _statistics_call(arrangement, plan, families)
-    job = _take_job(call, problem.addresses)
+        made = _statistics_call(arrangement, plan, families, keep is not None)
+        call = plan.statistics[families] = made
+    job = _take_job(call, problem.addresses if keep is None else (*problem.addresses, keep.address))
     words, address = job
     partial = np.empty(call.shape)
     words[SUMS] = _address(partial)
@@ -277,17 +311,19 @@ def gradient(
     out: View,
     families: frozenset[str] = frozenset(),
     slopes: NDArray[Any] | None = None,
+    kept: bool = False,
 ) -> None:
     """Write dL/dlogits (or dL/dprobs) to ``out`` from the coefficients of every row.
 
     ``coefficients`` are C-contiguous, as `evaluation.evaluate` makes them for a loss that is made
     of ``families``. One read of every operand and one write; ``out`` may be the logits themselves.
-    ``slopes`` are those of a Lovasz term that sorts, as `sorted_slopes` makes them.
+    ``slopes`` are those of a Lovasz term that sorts, as `sorted_slopes` makes them. ``kept``: the
+    statistics were taken with ``keep=out``, and ``out`` is read in place of the logits.
     """
     plan = _plan(problem.arrangement, out.layout)
-    call = plan.gradients.get(families)
+    call = plan.gradients.get((families, kept))
     if call is None:
-        call = plan.gradients[families] = _gradient_call(plan, families)
+        call = plan.gradients[families, kept] = _gradient_call(plan, families, kept)
     job = _take_job(call, (*problem.addresses, out.address))
     words, address = job
     words[COEFFICIENT_TABLE] = _address(coefficients)

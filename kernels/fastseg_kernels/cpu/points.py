@@ -3,8 +3,17 @@
 Two kinds of targets (``binary``: one byte, 0 or 1; ``soft``: a real p in [0, 1], with a weight)
 and two of predictions (``sigmoid``: logits; ``probs``: probabilities) make four pairs. Each pair is
 
-    sums_of(x, p, w, settings) -> sums          the voxel's part of the sums
+    sums_of(x, p, w, masses, settings) -> sums  the voxel's part of the sums
     slope(x, p, w, coefficients) -> dL/dx       its part of the gradient
+
+Binary targets of logits have more: what a loop of its own may compute first,
+
+    masses_of(x) -> (e, sigma(-|x|))            e = exp(-|x|)
+
+and for a gradient whose statistics were taken just before, what these keep and what it makes of it,
+
+    kept_of(x, p, masses) -> u                  sigma(-|x|), negative where x is on the wrong side
+    slope_of_kept(u, p, w, coefficients)        the same bits as slope(x, p, w, coefficients)
 
 With e = exp(-|x|), sigma(|x|) = 1 / (1 + e) and sigma(-|x|) = e / (1 + e), so that the mass on the
 wrong side, p (1 - q) or (1 - p) q, is always formed from e and keeps its relative accuracy when
@@ -53,7 +62,7 @@ from fastseg_kernels.constants import (
     lovasz_histogram,
     without_gamma,
 )
-from fastseg_kernels.cpu.compiled import inlined
+from fastseg_kernels.cpu.compiled import compile_target, inlined
 from fastseg_kernels.cpu.elementary import (
     Real,
     make_exp_negative,
@@ -61,8 +70,15 @@ from fastseg_kernels.cpu.elementary import (
     make_log1p,
     make_power,
 )
-from fastseg_kernels.cpu.intrinsics import fma
+from fastseg_kernels.cpu.intrinsics import fma, from_bits, has_sign
 from fastseg_kernels.cpu.stage import EXCLUDED_INPUT
+
+HAS_MASKS = bool(compile_target()["features"].get("avx512f"))
+"""Whether the CPU has registers of masks, and 32 vectors: the same bits come by other ways then."""
+
+
+HALF_WORD = 16
+"""Bits of a count in `Sums.predicted` of binary targets; hits are counted in the upper bits."""
 
 
 class Variant(NamedTuple):
@@ -72,6 +88,12 @@ class Variant(NamedTuple):
     targets: str  # "binary", "soft" or "weighted" (soft, with a weight per voxel)
     activation: str  # "sigmoid" or "probs"
     families: frozenset[str] = frozenset()  # of what is code of its own in a kernel
+    kept: bool = False  # statistics keep for the gradient what it would compute anew
+
+    @property
+    def of_binary_logits(self) -> bool:
+        """Tell whether logits meet labels of one byte."""
+        return self.targets == "binary" and self.activation == "sigmoid"
 
     def adding(self, families: frozenset[str]) -> Variant:
         """Return the variant that adds up the sums of ``families``.
@@ -94,7 +116,8 @@ class Variant(NamedTuple):
 
     def name(self, verb: str) -> str:
         """Name the kernel of one verb."""
-        return "-".join([verb, self.real, self.targets, self.activation, *sorted(self.families)])
+        parts = [verb, self.real, self.targets, self.activation, *sorted(self.families)]
+        return "-".join([*parts, "kept"] if self.kept else parts)
 
 
 class Coefficients(NamedTuple):
@@ -121,6 +144,18 @@ class Settings(NamedTuple):
     gamma: Any
 
 
+@inlined
+def no_masses(x):  # type: ignore[no-untyped-def]
+    """Stand for `Point.masses_of` where a variant has none."""
+    return x, x
+
+
+@inlined
+def nothing_kept(x, *others):  # type: ignore[no-untyped-def]
+    """Stand for `Point.kept_of` and `Point.slope_of_kept` where a variant keeps nothing."""
+    return x
+
+
 class Point(NamedTuple):
     """The point functions of one variant."""
 
@@ -128,6 +163,10 @@ class Point(NamedTuple):
     join: Any  # join(sums, sums) -> the sums of both
     log_sum: Any  # log_sum(product, direct) -> the BCE that the sums hold
     slope: Any
+    has_masses: bool = False
+    masses_of: Any = no_masses
+    kept_of: Any = nothing_kept
+    slope_of_kept: Any = nothing_kept
 
 
 class Sums(NamedTuple):
@@ -153,7 +192,7 @@ class Sums(NamedTuple):
     square: Any  # sum (p - q)^2
     target: Any  # sum p
     hits: Any  # voxels with q over the threshold and p
-    predicted: Any  # with q over the threshold
+    predicted: Any  # with q over the threshold (of binary targets hits are in the same number)
     true: Any  # with p
     undefined: Any  # predictions that are NaN
     bad: Any  # not zero: there is an invalid target, prediction or weight to be counted
@@ -299,10 +338,24 @@ def make_bent(variant: Variant, real: Real) -> Any:
     return bent
 
 
+def _make_masses(real: Real) -> Any:
+    """Return ``masses_of(x) = exp(-|x|), sigma(-|x|)``."""
+    one, exp_negative = real.scalar(1), make_exp_negative(real)
+
+    @inlined
+    def masses_of(x):  # type: ignore[no-untyped-def]
+        e = exp_negative(abs(x))
+        return e, fma(-e, e * (one / (one + e)), e)
+
+    return masses_of
+
+
 def _binary_point(variant: Variant, real: Real) -> Point:
     T, I = real.scalar, real.integer  # noqa: E741
     zero, one, background, nothing, unit = T(0), T(1), np.uint8(0), I(0), I(1)
-    exp_negative, log1p = make_exp_negative(real), make_log1p(real)
+    half_word = I(HALF_WORD)
+    sign_bit = I(8 * np.dtype(T).itemsize - 1)
+    masses_of, log1p = _make_masses(real), make_log1p(real)
     bce, split, flipped, focal = bce_needed(variant.families)
     overlap, _, squared = sums_needed(variant.families, binary=True)
     hard = "hard" in variant.families
@@ -310,17 +363,27 @@ def _binary_point(variant: Variant, real: Real) -> Point:
     excluded = T(EXCLUDED_INPUT["sigmoid"])
 
     @inlined
-    def sums_of(x, p, w, settings):  # type: ignore[no-untyped-def]
+    def is_foreground(p):  # type: ignore[no-untyped-def]
+        # Either is one instruction, where there are mask registers and where signs choose.
+        return p != background if HAS_MASKS else has_sign(from_bits(I(I(p) << sign_bit)))
+
+    @inlined
+    def turned(x, is_target):  # type: ignore[no-untyped-def]
+        """Return z, whose sign is set where x is on the right side; at 0 both are alike."""
+        return -x if is_target else x
+
+    @inlined
+    def sums_of(x, p, w, masses, settings):  # type: ignore[no-untyped-def]
         product_pos = bce_pos = product_neg = bce_neg = flipped_pos = flipped_neg = zero
         focal_pos = focal_neg = inner = missed = false_alarm = square = zero
         hits = predicted = undefined = nothing
-        is_target = p != background
+        e, small = masses
+        is_target = is_foreground(p)
+        z = turned(x, is_target)
+        on_wrong_side = not has_sign(z)
         size = abs(x)
-        e = exp_negative(size)
-        on_wrong_side = (x >= zero) != is_target
         if overlap or focal:
-            large = one / (one + e)
-            small = fma(-e, e * large, e)
+            large = one - small
             wrong = large if on_wrong_side else small
             right = small if on_wrong_side else large
         if overlap:
@@ -330,7 +393,7 @@ def _binary_point(variant: Variant, real: Real) -> Point:
         if squared:
             square = wrong * wrong
         if bce:
-            beyond = size if on_wrong_side else zero
+            beyond = z if z > zero else zero
             if split:
                 product_pos = e if is_target else zero
                 product_neg = zero if is_target else e
@@ -348,29 +411,31 @@ def _binary_point(variant: Variant, real: Real) -> Point:
             value = focal_of(wrong, nll, settings.gamma)
             focal_pos = value if is_target else zero
             focal_neg = zero if is_target else value
-        if hard:
-            over_threshold = x >= settings.threshold
-            hits = unit if over_threshold & is_target else nothing
-            predicted = unit if over_threshold else nothing
+        if hard:  # one number for both counts: the sums of a tile fit the halves of 32 bits
+            both = I(I(I(p) << half_word) | unit)
+            predicted = both if x >= settings.threshold else nothing
             undefined = unit if x != x else nothing
         return Sums(product_pos, bce_pos, product_neg, bce_neg, flipped_pos, flipped_neg, focal_pos,
                     focal_neg, inner, missed, false_alarm, zero, zero, zero, square, zero, hits,
                     predicted, nothing, undefined, nothing)  # fmt: skip
 
     @inlined
-    def slope(x, p, w, k):  # type: ignore[no-untyped-def]
-        is_target = p != background
-        size = abs(x)
-        e = exp_negative(size)
-        large = one / (one + e)
-        small = fma(-e, e * large, e)
-        on_wrong_side = (x >= zero) != is_target
-        wrong = large if on_wrong_side else small
+    def plain_slope(wrong, small, is_target, k):  # type: ignore[no-untyped-def]
         region = k.on_target if is_target else k.off_target
         if squared:
             region = fma(k.square, -wrong if is_target else wrong, region)
         bce_weight = -k.bce_target if is_target else k.bce_other
-        value = fma(bce_weight, wrong, region * fma(-small, small, small))
+        return fma(bce_weight, wrong, region * fma(-small, small, small))
+
+    @inlined
+    def slope(x, p, w, k):  # type: ignore[no-untyped-def]
+        is_target = is_foreground(p)
+        size = abs(x)
+        e, small = masses_of(x)
+        on_wrong_side = not has_sign(turned(x, is_target))
+        large = one - small
+        wrong = large if on_wrong_side else small
+        value = plain_slope(wrong, small, is_target, k)
         right = small if on_wrong_side else large
         if flipped:
             value = fma(k.flipped_target if is_target else -k.flipped_other, right, value)
@@ -381,13 +446,24 @@ def _binary_point(variant: Variant, real: Real) -> Point:
             value = fma(-k.focal_target if is_target else k.focal_other, of_z, value)
         return value
 
-    return Point(sums_of, _join(real), _log_sum(real), slope)
+    @inlined
+    def kept_of(x, p, masses):  # type: ignore[no-untyped-def]
+        return masses[1] if has_sign(turned(x, is_foreground(p))) else -masses[1]
+
+    @inlined
+    def slope_of_kept(u, p, w, k):  # type: ignore[no-untyped-def]
+        wrong = one + u if has_sign(u) else u
+        return plain_slope(wrong, abs(u), is_foreground(p), k)
+
+    return Point(
+        sums_of, _join(real), _log_sum(real), slope, True, masses_of, kept_of, slope_of_kept
+    )
 
 
 def _soft_point(variant: Variant, real: Real) -> Point:
     T, I = real.scalar, real.integer  # noqa: E741
     zero, one, half, nothing, unit = T(0), T(1), T(0.5), I(0), I(1)
-    exp_negative, log1p = make_exp_negative(real), make_log1p(real)
+    masses_of, log1p = _make_masses(real), make_log1p(real)
     bce, split, flipped, focal = bce_needed(variant.families)
     overlap, l1, squared = sums_needed(variant.families, binary=False)
     hard = "hard" in variant.families
@@ -397,7 +473,7 @@ def _soft_point(variant: Variant, real: Real) -> Point:
     is_allowed, excluded = make_is_allowed(variant, real), T(EXCLUDED_INPUT["sigmoid"])
 
     @inlined
-    def sums_of(x, p, w, settings):  # type: ignore[no-untyped-def]
+    def sums_of(x, p, w, masses, settings):  # type: ignore[no-untyped-def]
         product_pos = bce_pos = bce_neg = flipped_pos = flipped_neg = focal_pos = focal_neg = zero
         inner = missed = false_alarm = common = short = excess = square = zero
         hits = predicted = true = undefined = nothing
@@ -407,10 +483,9 @@ def _soft_point(variant: Variant, real: Real) -> Point:
         if weighted:
             x = x if w != zero else zero  # weight 0 leaves out whatever is stored there
         size = abs(x)
-        e = exp_negative(size)
+        e, small = masses_of(x) if weighted else masses
         if overlap or l1 or focal:
-            large = one / (one + e)
-            small = fma(-e, e * large, e)
+            large = one - small
             q, rest = (large, small) if x >= zero else (small, large)
             difference = p * rest - other * q
         if overlap:
@@ -467,9 +542,8 @@ def _soft_point(variant: Variant, real: Real) -> Point:
         if weighted:
             x = x if w != zero else zero
         size = abs(x)
-        e = exp_negative(size)
-        large = one / (one + e)
-        small = fma(-e, e * large, e)
+        e, small = masses_of(x)
+        large = one - small
         q, rest = (large, small) if x >= zero else (small, large)
         region = k.on_target * p + k.off_target * other
         if is_bent:
@@ -485,7 +559,7 @@ def _soft_point(variant: Variant, real: Real) -> Point:
             value -= k.focal_target * p * focal_slope(rest, q, low, k.gamma)
         return w * value if weighted else value
 
-    return Point(sums_of, _join(real), _log_sum(real), slope)
+    return Point(sums_of, _join(real), _log_sum(real), slope, not weighted, masses_of)
 
 
 def _probs_point(variant: Variant, real: Real) -> Point:
@@ -511,7 +585,7 @@ def _probs_point(variant: Variant, real: Real) -> Point:
         return (most if low > most else low), (most if high > most else high)
 
     @inlined
-    def sums_of(x, p, w, settings):  # type: ignore[no-untyped-def]
+    def sums_of(x, p, w, masses, settings):  # type: ignore[no-untyped-def]
         bce_pos = bce_neg = focal_pos = focal_neg = zero
         inner = missed = false_alarm = common = short = excess = square = zero
         hits = predicted = true = undefined = nothing

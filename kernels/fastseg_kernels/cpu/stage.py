@@ -8,19 +8,25 @@ compute need no branch for it.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 
-from fastseg_kernels.constants import MAX_DIMS
+from fastseg_kernels.constants import MAX_DIMS, TARGETS_AS_STORED
 from fastseg_kernels.cpu.compiled import Kernel, function
-from fastseg_kernels.cpu.elementary import REALS
-from fastseg_kernels.cpu.intrinsics import carray, pointer_to
+from fastseg_kernels.cpu.elementary import REALS, Real
+from fastseg_kernels.cpu.intrinsics import carray, pointer_to, select, wide_vectors
+from fastseg_kernels.cpu.label_codes import load_codes
 from fastseg_kernels.cpu.operands import (
+    BOOL,
     EXCLUDED,
+    F32,
+    F64,
+    I8,
     OPERAND,
     STAGE,
+    U8,
     is_contiguous,
-    load_codes,
     load_raw,
     make_load_reals,
     make_store_reals,
@@ -100,16 +106,87 @@ LOAD_REQUEST = np.dtype(
         ("c", np.int64),
         ("voxel", np.int64),  # of row (n, c), the first one
         ("count", np.int64),
-        ("padded", np.int64),  # buffers are filled up to here with excluded voxels
+        ("padded", np.int64),  # what is brought goes up to here, with excluded voxels
         ("x", np.int64),  # addresses of the buffers
         ("p", np.int64),
         ("w", np.int64),
         ("excluded", np.int64),
         ("scratch", np.int64),  # address of `SCRATCH_WORDS` words
+        ("x_at", np.int64),  # answer: where predictions and targets are, if not in the buffers
+        ("p_at", np.int64),
         ("left_out", np.int64),  # answer: how many of the ``count`` voxels are excluded
     ]
 )
-"""What a load kernel is asked, and its answer."""
+"""What a load kernel is asked, and its answer. ``excluded`` is filled only if a voxel is."""
+
+
+def _make_load_excluded(real: Real) -> tuple[Any, Any]:
+    """Return how a mask, and how many voxels are left out, come to bytes of 0 and 1."""
+    T = real.scalar
+    load_reals = make_load_reals(real)
+    yes, no, zero = np.uint8(1), np.uint8(0), T(0)
+
+    @function
+    def load_mask(job, ask, excluded):  # type: ignore[no-untyped-def]
+        wide_vectors()
+        count = ask.count
+        raw = load_raw(job.mask, job, ask.n, ask.c, ask.voxel, count, ask.scratch)
+        if job.mask.code in (BOOL, U8, I8):
+            keep = pointer_to(raw, np.uint8)
+            for i in range(count):
+                excluded[i] = select(keep[i] == no, yes, no)
+        else:
+            wide = pointer_to(ask.scratch + 8 * STAGE, T)
+            load_reals(raw, job.mask.code, count, wide)
+            for i in range(count):
+                excluded[i] = select(wide[i] == zero, yes, no)
+
+    @function
+    def count_excluded(excluded, count):  # type: ignore[no-untyped-def]
+        wide_vectors()
+        found, total = no, np.int32(0)
+        for i in range(count):  # mostly none: looking for one is much faster than counting
+            found = np.uint8(found | excluded[i])
+        if found != no:
+            for i in range(count):
+                total = np.int32(total + np.int32(excluded[i]))
+        return np.int64(total)
+
+    return load_mask, count_excluded
+
+
+def _make_load_targets(real: Real, binary: bool) -> Any:
+    """Return how targets come to a buffer, and those that are ignored to ``excluded``."""
+    T = real.scalar
+    load_reals = make_load_reals(real)
+    yes, no, code_excluded = np.uint8(1), np.uint8(0), np.uint8(EXCLUDED)
+
+    @function
+    def load_targets(job, ask, p, excluded):  # type: ignore[no-untyped-def]
+        wide_vectors()
+        n, c, voxel, count = ask.n, ask.c, ask.voxel, ask.count
+        masked, of_codes = job.mask.address != 0, binary or job.labelled != 0
+        if of_codes:
+            codes = p if binary else pointer_to(ask.scratch, np.uint8)
+            raw = load_raw(job.targets, job, n, c, voxel, count, ask.scratch + 8 * STAGE)
+            load_codes(raw, job.targets.code, count, job, ask.scratch + 4 * STAGE, codes)
+            if job.has_ignore != 0:
+                for i in range(count):
+                    was = excluded[i] if masked else no
+                    excluded[i] = select(codes[i] == code_excluded, yes, was)
+            if not binary:
+                for i in range(count):
+                    p[i] = T(codes[i])
+        else:
+            raw = load_raw(job.targets, job, n, c, voxel, count, ask.scratch)
+            load_reals(raw, job.targets.code, count, p)
+            if job.has_ignore != 0:
+                ignored = T(job.ignore_real)
+                for i in range(count):
+                    was = excluded[i] if masked else no
+                    excluded[i] = select(p[i] == ignored, yes, was)
+
+    return load_targets
 
 
 @cache
@@ -117,70 +194,64 @@ def load_kernel(real_name: str, binary: bool) -> Kernel:
     """Compile ``load(job, request, unused)``: bring voxels of one row into the buffers.
 
     Apart from the loops that compute, and called through its address: it is compiled once for all
-    of them, and not at all where every array can be read in place.
+    of them, and not at all where every array can be read in place. What is stored as the loops want
+    it is not copied, unless voxels are left out or the end of the row is padded.
     """
     real = REALS[real_name]
     T = real.scalar
     Target = np.uint8 if binary else T
-    load_reals = make_load_reals(real)
+    as_stored = F32 if T is np.float32 else F64
+    load_reals, load_targets = make_load_reals(real), _make_load_targets(real, binary)
+    load_mask, count_excluded = _make_load_excluded(real)
+    no = np.uint8(0)
 
     @function
-    def load_targets(job, ask, p, excluded):  # type: ignore[no-untyped-def]
-        n, c, voxel, count = ask.n, ask.c, ask.voxel, ask.count
-        if binary:
-            raw = load_raw(job.targets, job, n, c, voxel, count, ask.scratch + 8 * STAGE)
-            integers = pointer_to(ask.scratch, np.int64)
-            doubles = pointer_to(ask.scratch, np.float64)
-            load_codes(raw, job.targets.code, count, job, integers, doubles, p)
-            if job.has_ignore != 0:
-                for i in range(count):
-                    excluded[i] = np.uint8(p[i] == np.uint8(EXCLUDED))
-        elif job.labelled != 0:
-            raw = load_raw(job.targets, job, n, c, voxel, count, ask.scratch + 8 * STAGE)
-            integers = pointer_to(ask.scratch, np.int64)
-            doubles = pointer_to(ask.scratch, np.float64)
-            load_codes(raw, job.targets.code, count, job, integers, doubles, excluded)
-            for i in range(count):
-                p[i] = T(excluded[i])
-                excluded[i] = np.uint8(excluded[i] == np.uint8(EXCLUDED))
-        else:
-            raw = load_raw(job.targets, job, n, c, voxel, count, ask.scratch)
-            load_reals(raw, job.targets.code, count, p)
-            if job.has_ignore != 0:
-                for i in range(count):
-                    excluded[i] = np.uint8(p[i] == T(job.ignore_real))
+    def are_codes(job):  # type: ignore[no-untyped-def]
+        """Tell whether targets are stored as the codes that the loops want."""
+        if not binary or job.has_ignore != 0 or not is_contiguous(job.targets, job):
+            return False
+        return job.target_mode == TARGETS_AS_STORED and job.targets.code in (BOOL, U8)
+
+    @function
+    def put(values, excluded, count, nothing):  # type: ignore[no-untyped-def]
+        wide_vectors()
+        for i in range(count):
+            values[i] = select(excluded[i] != no, nothing, values[i])
 
     def load(job_address, request_address, unused):  # type: ignore[no-untyped-def]
         job = carray(pointer_to(job_address, JOB), 1)[0]
         ask = carray(pointer_to(request_address, LOAD_REQUEST), 1)[0]
-        n, c, voxel, count = ask.n, ask.c, ask.voxel, ask.count
+        n, c, voxel, count, padded = ask.n, ask.c, ask.voxel, ask.count, ask.padded
         x, w = pointer_to(ask.x, T), pointer_to(ask.w, T)
         p, excluded = pointer_to(ask.p, Target), pointer_to(ask.excluded, np.uint8)
-        for i in range(count):
-            excluded[i] = np.uint8(0)
-        raw = load_raw(job.logits, job, n, c, voxel, count, ask.scratch)
-        load_reals(raw, job.logits.code, count, x)
-        load_targets(job, ask, p, excluded)
-        weighted = job.weights.address != 0
+        nothing, weighted = T(job.excluded_input), job.weights.address != 0
+        ask.x_at, ask.p_at, ask.left_out = ask.x, ask.p, 0
+        if job.mask.address != 0:
+            load_mask(job, ask, excluded)
+            ask.left_out = count_excluded(excluded, count)
+        if ask.left_out == 0 and count == padded and are_codes(job):
+            ask.p_at = voxel_address(job.targets, n, c, voxel)
+        else:
+            load_targets(job, ask, p, excluded)
+            if job.has_ignore != 0:
+                ask.left_out = count_excluded(excluded, count)
         if weighted:
             raw = load_raw(job.weights, job, n, c, voxel, count, ask.scratch)
             load_reals(raw, job.weights.code, count, w)
-        if job.mask.address != 0:
-            raw = load_raw(job.mask, job, n, c, voxel, count, ask.scratch)
-            keep = pointer_to(ask.scratch + 8 * STAGE, T)
-            load_reals(raw, job.mask.code, count, keep)
-            for i in range(count):
-                excluded[i] = np.uint8(1) if keep[i] == T(0) else excluded[i]
-        left_out = 0
-        for i in range(count):
-            left_out += int(excluded[i])
-        for i in range(ask.padded):
-            if i >= count or excluded[i] != 0:
-                x[i] = T(job.excluded_input)
-                p[i] = Target(0)
-                if weighted:
-                    w[i] = T(0)
-        ask.left_out = left_out
+        raw = load_raw(job.logits, job, n, c, voxel, count, ask.scratch)
+        if ask.left_out == 0 and count == padded and job.logits.code == as_stored:
+            ask.x_at = raw  # maybe in scratch
+        else:
+            load_reals(raw, job.logits.code, count, x)
+        if ask.left_out != 0:
+            put(x, excluded, count, nothing)
+            put(p, excluded, count, Target(0))
+            if weighted:
+                put(w, excluded, count, T(0))
+        for i in range(count, padded):
+            x[i], p[i] = nothing, Target(0)
+            if weighted:
+                w[i] = T(0)
 
     return Kernel(load, f"load-{real_name}-{'binary' if binary else 'soft'}")
 

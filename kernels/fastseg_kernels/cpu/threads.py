@@ -20,7 +20,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -92,6 +92,8 @@ def _is_forked() -> bool:
 
 _state = _State(_is_forked())
 _num_threads: int | None = None
+_is_chosen = False
+_limits = threading.local()
 
 
 def _after_fork() -> None:
@@ -128,11 +130,16 @@ def _cgroup_quota() -> int | None:
     return -(-int(quota) // int(period))
 
 
+def _chosen_threads() -> int | None:
+    chosen = os.environ.get("FASTSEG_NUM_THREADS", "")
+    return int(chosen) if chosen.isdigit() and int(chosen) > 0 else None
+
+
 def default_num_threads() -> int:
     """Return ``FASTSEG_NUM_THREADS``, else the available CPUs but no more than OMP_NUM_THREADS."""
-    chosen = os.environ.get("FASTSEG_NUM_THREADS", "")
-    if chosen.isdigit() and int(chosen) > 0:
-        return int(chosen)
+    chosen = _chosen_threads()
+    if chosen is not None:
+        return chosen
     limit = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     count = available_threads()
     return min(count, int(limit)) if limit.isdigit() and int(limit) > 0 else count
@@ -143,13 +150,30 @@ def get_num_threads() -> int:
     global _num_threads
     if _num_threads is None:
         _num_threads = default_num_threads()
-    return _num_threads
+    limit: int | None = getattr(_limits, "count", None)
+    return _num_threads if limit is None else min(limit, _num_threads)
+
+
+@contextlib.contextmanager
+def limit_threads(count: int) -> Iterator[None]:
+    """Let calls of this Python thread use no more threads than ``count``."""
+    before = getattr(_limits, "count", None)
+    _limits.count = count
+    try:
+        yield
+    finally:
+        _limits.count = before
 
 
 def set_num_threads(count: int | None) -> None:
     """Set how many threads a kernel may use; None returns to the default."""
-    global _num_threads
-    _num_threads = count
+    global _num_threads, _is_chosen
+    _num_threads, _is_chosen = count, count is not None
+
+
+def are_threads_chosen() -> bool:
+    """Tell whether a number of threads was set, or is in ``FASTSEG_NUM_THREADS``."""
+    return _is_chosen or _chosen_threads() is not None
 
 
 @cache

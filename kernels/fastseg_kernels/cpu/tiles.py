@@ -14,15 +14,27 @@ wide the CPU's vectors are.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastseg_kernels.constants import BASE_COLUMNS, columns
 from fastseg_kernels.cpu.compiled import function, inlined
 from fastseg_kernels.cpu.elementary import REALS
-from fastseg_kernels.cpu.intrinsics import stack_array, wide_vectors
-from fastseg_kernels.cpu.points import Variant, bce_needed, make_point, sums_needed
+from fastseg_kernels.cpu.intrinsics import (
+    address_of,
+    pointer_to,
+    stack_array,
+    wide_vectors,
+)
+from fastseg_kernels.cpu.points import (
+    HALF_WORD,
+    HAS_MASKS,
+    Variant,
+    bce_needed,
+    make_point,
+    sums_needed,
+)
 
 LANES = 16
 """One vector of float32 where vectors are widest."""
@@ -42,6 +54,25 @@ FILLED = frozenset(
 """The columns that the loop below fills, and its caller's base columns; others it refuses."""
 
 
+def counts_undefined(variant: Variant) -> bool:
+    """Tell whether the loop says only that there is NaN, and leaves counting it to its caller."""
+    bce, split, _, _ = bce_needed(variant.families)
+    overlap, _, _ = sums_needed(variant.families, binary=True)
+    told = (bce and not split) or overlap
+    return variant.of_binary_logits and "hard" in variant.families and told
+
+
+class Voxels(NamedTuple):
+    """Where a tile's voxels are, and what was computed of them."""
+
+    x: Any
+    p: Any
+    w: Any
+    e: Any  # of `points.Point.masses_of`
+    small: Any
+    keep: Any
+
+
 def make_tile_sums(variant: Variant) -> Any:
     """Return the loop that adds whole tiles of contiguous voxels to the sums of a block."""
     real = REALS[variant.real]
@@ -49,7 +80,13 @@ def make_tile_sums(variant: Variant) -> Any:
     point = make_point(variant, real)
     sums_of, join, log_sum = point.sums_of, point.join, point.log_sum
     binary, weighted = variant.targets == "binary", variant.targets == "weighted"
-    counted = binary and variant.activation == "sigmoid"  # targets are added up as integers
+    kept, kept_of, masses_of = variant.kept, point.kept_of, point.masses_of
+    # Sixteen vectors hold either the numbers of exp or the sums of the tree below, not both.
+    has_masses = point.has_masses
+    two_loops = has_masses and not HAS_MASKS
+    Target = np.uint8 if binary else T
+    size, label_size = np.dtype(T).itemsize, np.dtype(Target).itemsize
+    counted = variant.of_binary_logits  # targets are added up as integers
     names = columns(variant.families, counts=False)
     if not FILLED.issuperset(names):
         raise NotImplementedError(f"no lane adds up {', '.join(sorted({*names} - FILLED))}")
@@ -68,27 +105,37 @@ def make_tile_sums(variant: Variant) -> Any:
     at_flipped, at_focal = at["bce_flipped_pos_sum"], at["focal_bce_pos_sum"]
     bce, split, flipped, focal = bce_needed(variant.families)
     hard = at_hits >= 0
-    zero, nothing = T(0), I(0)
+    told, told_by_bce = counts_undefined(variant), bce and not split
+    half_word, low_half = I(HALF_WORD), I(2**HALF_WORD - 1)
+    zero, unit, nothing, none = T(0), I(1), I(0), (T(0), T(0))
 
     @inlined
-    def at_voxel(x, p, w, i, settings):  # type: ignore[no-untyped-def]
-        return sums_of(x[i], p[i], w[i] if weighted else zero, settings)
+    def at_voxel(v, i, settings):  # type: ignore[no-untyped-def]
+        x, p = v.x[i], v.p[i]
+        masses = none
+        if two_loops:
+            masses = v.e[i], v.small[i]
+        elif has_masses:
+            masses = masses_of(x)
+        if kept:
+            v.keep[i] = kept_of(x, p, masses)
+        return sums_of(x, p, v.w[i] if weighted else zero, masses, settings)
 
     @inlined
-    def two(x, p, w, i, settings):  # type: ignore[no-untyped-def]
-        return join(at_voxel(x, p, w, i, settings), at_voxel(x, p, w, i + LANES, settings))
+    def two(v, i, settings):  # type: ignore[no-untyped-def]
+        return join(at_voxel(v, i, settings), at_voxel(v, i + LANES, settings))
 
     @inlined
-    def four(x, p, w, i, settings):  # type: ignore[no-untyped-def]
-        return join(two(x, p, w, i, settings), two(x, p, w, i + 2 * LANES, settings))
+    def four(v, i, settings):  # type: ignore[no-untyped-def]
+        return join(two(v, i, settings), two(v, i + 2 * LANES, settings))
 
     @inlined
-    def sixteen(x, p, w, i, settings):  # type: ignore[no-untyped-def]
-        """Return the sums of every LANES-th voxel from i on."""
+    def sixteen(v, i, settings):  # type: ignore[no-untyped-def]
+        """Return the sums of every LANES-th voxel of a tile from i on."""
         # Unrolled by hand: only then does LLVM vectorise over the lanes.
-        sums = join(four(x, p, w, i, settings), four(x, p, w, i + 4 * LANES, settings))
+        sums = join(four(v, i, settings), four(v, i + 4 * LANES, settings))
         i += HALF
-        more = join(four(x, p, w, i, settings), four(x, p, w, i + 4 * LANES, settings))
+        more = join(four(v, i, settings), four(v, i + 4 * LANES, settings))
         return join(sums, more)
 
     @inlined
@@ -104,9 +151,15 @@ def make_tile_sums(variant: Variant) -> Any:
             label_sums[j] = np.int32(label_sums[j] + np.int32(group[j]))
 
     @function
-    def tile_sums(x, p, w, tiles, settings, out):  # type: ignore[no-untyped-def]
-        """Add ``tiles`` tiles to ``out``; return not 0 if something in them is invalid."""
+    def tile_sums(x, p, w, tiles, settings, out, keep):  # type: ignore[no-untyped-def]
+        """Add ``tiles`` tiles to ``out``; return not 0 if something in them is to be counted.
+
+        That is what is invalid, and NaN where `counts_undefined` says so.
+
+        ``keep``: where a variant that keeps something writes it, a number for each voxel.
+        """
         wide_vectors()
+        e, small = stack_array(TILE, T), stack_array(TILE, T)
         group_pos, group_neg = stack_array(LANES, T), stack_array(LANES, T)
         group_flipped_pos, group_flipped_neg = stack_array(LANES, T), stack_array(LANES, T)
         group_focal_pos, group_focal_neg = stack_array(LANES, T), stack_array(LANES, T)
@@ -142,9 +195,19 @@ def make_tile_sums(variant: Variant) -> Any:
             all_bad[j] = nothing
         for tile in range(tiles):
             start = tile * TILE
+            v = Voxels(
+                pointer_to(address_of(x) + size * start, T),
+                pointer_to(address_of(p) + label_size * start, Target),
+                pointer_to(address_of(w) + size * start, T),
+                e,
+                small,
+                pointer_to(address_of(keep) + size * start, T),
+            )
+            if two_loops:
+                for j in range(TILE):
+                    e[j], small[j] = masses_of(v.x[j])
             for j in range(LANES):  # vectorised: one lane each
-                i = start + j
-                sums = sixteen(x, p, w, i, settings)
+                sums = sixteen(v, j, settings)
                 if bce:
                     group_pos[j] = log_sum(sums.product_pos, sums.bce_pos)
                 if split:
@@ -162,8 +225,17 @@ def make_tile_sums(variant: Variant) -> Any:
                     group_excess[j] = sums.excess
                 if squared:
                     group_square[j] = sums.square
-                if hard:
+                if hard and counted:
+                    group_hits[j] = I(sums.predicted >> half_word)
+                    group_over[j] = I(sums.predicted & low_half)
+                elif hard:
                     group_hits[j], group_over[j] = sums.hits, sums.predicted
+                if told:
+                    of_all = sums.bce_pos + sums.product_pos
+                    if not told_by_bce:
+                        of_all = sums.inner + sums.missed + sums.false_alarm
+                    all_bad[j] = I(all_bad[j] | (nothing if of_all == of_all else unit))
+                elif hard:
                     group_undefined[j] = sums.undefined
                 if not counted:
                     group_target[j] = sums.target
@@ -198,7 +270,8 @@ def make_tile_sums(variant: Variant) -> Any:
                 if hard:
                     lane_hits[j] += np.int64(group_hits[j])
                     lane_over[j] += np.int64(group_over[j])
-                    lane_undefined[j] += np.int64(group_undefined[j])
+                    if not told:
+                        lane_undefined[j] += np.int64(group_undefined[j])
                     if not counted:
                         lane_true[j] += np.int64(group_true[j])
         bad = nothing
@@ -236,7 +309,8 @@ def make_tile_sums(variant: Variant) -> Any:
                 out[at_hits] += np.float64(lane_hits[j])
                 out[at_over] += np.float64(lane_over[j] - lane_hits[j])
                 out[at_under] += true - np.float64(lane_hits[j])
-                out[at_undefined] += np.float64(lane_undefined[j])
+                if not told:
+                    out[at_undefined] += np.float64(lane_undefined[j])
         return bad
 
     return tile_sums

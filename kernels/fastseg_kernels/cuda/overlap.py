@@ -90,7 +90,14 @@ def _name(plan: _Plan, verb: str, families: frozenset[str]) -> str:
     return name
 
 
-def statistics(device: Device, problem: Problem, families: frozenset[str]) -> Any:
+def keeps(device: Device, problem: Problem, families: frozenset[str], out: View) -> bool:
+    """Return False: a GPU computes while it waits for memory, and what is kept would be written."""
+    return False
+
+
+def statistics(
+    device: Device, problem: Problem, families: frozenset[str], keep: View | None = None
+) -> Any:
     """Return the sums of every row, float64 (N, C, K), columns as `constants.columns` names them.
 
     One read of every operand. The answer is on the device.
@@ -116,6 +123,7 @@ def gradient(
     out: View,
     families: frozenset[str] = frozenset(),
     slopes: Any = None,
+    kept: bool = False,
 ) -> None:
     """Write dL/dlogits (or dL/dprobs) to ``out`` from the coefficients of every row.
 
