@@ -24,6 +24,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import peers
+from benchmarks.calls import first_gradient
 from benchmarks.common import (
     Call,
     Volume,
@@ -33,12 +34,12 @@ from benchmarks.common import (
     value_and_grad_limit,
     volume,
 )
+from benchmarks.losses import LOSS, SOFTMAX_LOSS
 from benchmarks.updates import LISTS, LR, parameters
 
 import fastseg as fs
 from fastseg_kernels.cpu import threads as kernel_threads
 
-LOSS = fs.BCE() + fs.SoftJaccard()
 SAME_VALUE = 1e-4  # MONAI smooths the quotient
 ADAM_BYTES = 28  # per parameter: 4 arrays are read and 3 written
 PEERS = {
@@ -46,11 +47,11 @@ PEERS = {
     "torch.compile": peers.compiled,
     "MONAI DiceCELoss": peers.monai,
 }
-SOFTMAX_LOSS = fs.CrossEntropy() + fs.SoftJaccard()
 SOFTMAX_PEERS = {"PyTorch eager": peers.eager_softmax, "MONAI DiceCELoss": peers.monai_softmax}
 MEMORY = """
 import sys
 from benchmarks import peers
+from benchmarks.calls import first_gradient
 from benchmarks.common import classes, volume
 import fastseg as fs
 name, count, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -73,15 +74,6 @@ if sys.argv[4] == "compute":
     run(arrays)
 print("done", flush=True)
 sys.stdin.read()
-"""
-FIRST_CALL = """
-import time
-import numpy as np, fastseg as fs
-imported = time.time()
-logits = np.zeros((2, 1, 8, 8, 8), np.float32)
-loss = fs.BCE() + fs.SoftJaccard()
-loss.value_and_grad(logits, np.ones(logits.shape, np.uint8))
-print(imported, time.time())
 """
 
 
@@ -265,18 +257,6 @@ def call_overheads() -> list[dict[str, Any]]:
 
 
 # (e): the first gradient of a process
-
-
-def first_gradient(cache: str | None = None) -> tuple[float, float]:
-    """Return the seconds from a process' start to fastseg's import, and to the first gradient."""
-    environment = dict(os.environ)
-    if cache is not None:
-        environment["FASTSEG_CACHE_DIR"] = cache
-    start = time.time()
-    command = [sys.executable, "-c", FIRST_CALL]
-    answer = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    imported, done = map(float, answer.stdout.split())
-    return imported - start, done - start
 
 
 def starts(count: int) -> dict[str, float]:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 import fastseg as fs
+from fastseg.peers import bce_and_jaccard
 
 Call = Callable[[], Any]
 LOSS = fs.BCE() + fs.SoftJaccard()
@@ -97,15 +98,12 @@ def copy(nbytes: int, sets: int) -> Call:
     )
 
 
+_LOSS = bce_and_jaccard()
+
+
 def by_hand(logits: Any, targets: Any) -> Any:
     """Return BCE + the mean over the samples of one minus the soft Jaccard index."""
-    logits = logits.float()
-    bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets)
-    probs = torch.sigmoid(logits)
-    axes = tuple(range(1, logits.ndim))
-    intersection = (probs * targets).sum(axes)
-    union = probs.sum(axes) + targets.sum(axes) - intersection
-    return bce + (1.0 - intersection / union).mean()
+    return _LOSS(logits.float(), targets)
 
 
 def backward(loss: Any, logits: Any, targets: Any) -> Call:
@@ -212,8 +210,10 @@ def compare_losses(size: int, dtype: Any, rounds: int, notes: list[str]) -> list
     return rows
 
 
-def compare_adam(title: str, count: int, size: int, rounds: int) -> dict[str, Any]:
-    """Time a step of Adam over ``count`` arrays."""
+def compare_adam(
+    title: str, count: int, size: int, rounds: int, max_norm: float | None = None
+) -> dict[str, Any]:
+    """Time a step of Adam over ``count`` arrays, the norm clipped to ``max_norm`` if given."""
     params = [torch.randn(size, device="cuda") for _ in range(count)]
     grads = [torch.randn(size, device="cuda") for _ in range(count)]
     mine = fs.Adam([p.clone() for p in params], lr=1e-3)
@@ -221,14 +221,20 @@ def compare_adam(title: str, count: int, size: int, rounds: int) -> dict[str, An
     for param, grad in zip(theirs, grads, strict=True):
         param.grad = grad
     fused = torch.optim.Adam(theirs, lr=1e-3, fused=True)
-    nbytes = ADAM_ARRAYS * 4 * count * size
+    nbytes = (ADAM_ARRAYS + (max_norm is not None)) * 4 * count * size
+
+    def torch_step() -> None:
+        if max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(theirs, max_norm)
+        fused.step()
+
     calls: dict[str, Call] = {
-        "fastseg": lambda: mine.step(grads),
-        "torch fused": fused.step,
+        "fastseg": lambda: mine.step(grads, max_norm=max_norm),
+        "torch fused": torch_step,
         "copy": copy(nbytes, 1),
     }
     row = {
-        "pass": "Adam",
+        "pass": "Adam" if max_norm is None else "Adam, norm clipped",
         "volume": title,
         "bytes": nbytes,
         "seconds": interleaved(calls, rounds),
@@ -300,7 +306,7 @@ def main() -> int:
         for dtype in (torch.float32, torch.bfloat16):
             rows += compare_losses(size, dtype, rounds, notes)
     for title, (count, size) in (QUICK_ADAM if options.quick else ADAM).items():
-        rows.append(compare_adam(title, count, size, rounds))
+        rows += [compare_adam(title, count, size, rounds, norm) for norm in (None, 1.0)]
     print(machine(), table(rows), sep="\n\n")
     print("\nTests failed." if failed else "", *(f"- {note}" for note in notes), sep="\n")
     if options.json:

@@ -7,30 +7,26 @@ the benchmark's: a volume that fits into the caches is held against the caches, 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import cache
-from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit, prange
 
 import fastseg as fs
+from fastseg import clock
+from fastseg.clock import Call
 
 from . import device
 
 BACKENDS = ("cpu", "cuda") if device.present() else ("cpu",)
 """The one switch: where there is no GPU, no benchmark knows of one."""
-Call = Callable[[], Any]
 
 SAMPLES = 2
 FOREGROUND = 0.3  # share of the voxels
 PERIOD = 2**20  # random numbers before they repeat: drawing 33 million takes a second
 PAGE = 4096  # bytes
-LEAD_IN = 0.01
-"""Seconds of untimed calls at the start of a turn: they bring the contender's arrays into the
-caches, and the idle threads of the contender before it, another OpenMP pool, stop spinning."""
 
 
 class Volume(NamedTuple):
@@ -85,39 +81,17 @@ def placed(arrays: Volume, backend: str) -> Volume:
 # The clock
 
 
-def wall_seconds(call: Call) -> float:
-    """Return how long a call takes."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-STOPWATCHES: dict[str, Callable[[Call], float]] = {"cpu": wall_seconds, "cuda": device.seconds}
+STOPWATCHES: dict[str, Callable[[Call], float]] = {
+    "cpu": clock.wall_seconds,
+    "cuda": device.seconds,
+}
 
 
 def interleaved(
     calls: dict[str, Call], rounds: int, turn: float = 0.03, backend: str = "cpu"
 ) -> dict[str, float]:
-    """Return the median seconds of each call; the calls take turns, so that a drift hits all.
-
-    A turn is a lead-in, then timed calls for ``turn`` seconds, at least three.
-    """
-    turns: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            turns[name].append(median(_take_turn(call, turn, STOPWATCHES[backend])))
-    return {name: median(times) for name, times in turns.items()}
-
-
-def _take_turn(call: Call, turn: float, stopwatch: Callable[[Call], float]) -> list[float]:
-    start = time.perf_counter()
-    call()
-    while time.perf_counter() - start < LEAD_IN:
-        call()
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < turn:
-        times.append(stopwatch(call))
-    return times
+    """Return the median seconds of each call, in turns, by the backend's own clock."""
+    return clock.interleaved(calls, rounds, turn, STOPWATCHES[backend])
 
 
 def over(call: Call, baseline: Call, rounds: int = 7, backend: str = "cpu") -> float:
@@ -242,14 +216,21 @@ def gradient_limit(arrays: Volume) -> Call:
 
 def value_and_grad_limit(arrays: Volume) -> Call:
     """Return a call that moves the bytes of both passes, one after the other."""
+    return limit_of(*(words(array.nbytes, k) for k, array in enumerate(arrays)))
+
+
+def limit_of(logits: np.ndarray, targets: np.ndarray, out: np.ndarray) -> Call:
+    """Return as `value_and_grad_limit`, over the arrays themselves: what is in ``out`` is lost."""
     _start_pool()
-    first, second = words(arrays.logits.nbytes, 0), words(arrays.targets.nbytes, 1)
-    out, threads = words(arrays.out.nbytes, 2), fs.get_num_threads()
+    first, second, third = (
+        np.frombuffer(array, np.int64, array.nbytes // 8) for array in (logits, targets, out)
+    )
+    threads = fs.get_num_threads()
     sums = np.zeros(threads, np.int64)
 
     def move() -> None:
         _read_two(first, second, sums, threads)
-        _read_two_write_one(first, second, out, threads)
+        _read_two_write_one(first, second, third, threads)
 
     return _compiled(move)
 

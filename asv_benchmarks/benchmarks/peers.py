@@ -1,98 +1,49 @@
-"""What fastseg is compared with; each function raises ImportError where its library is absent.
+"""What fastseg is compared with: `fastseg.peers` on the arrays of a benchmark, and two more.
 
-A peer gets what it needs (float32 targets, parameters with gradients), made outside the timing.
+Each function raises ImportError where its library is absent.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-import fastseg as fs
+from fastseg import peers
+from fastseg.peers import adam, torch_module
 
 from .common import Call, Volume
 
-
-def torch_module() -> Any:
-    """Import PyTorch and give it as many threads as fastseg has."""
-    import torch
-
-    torch.set_num_threads(fs.get_num_threads())
-    return torch
-
-
-def _bce_and_jaccard() -> Any:
-    """Return BCE + the mean over the samples of one minus the soft Jaccard index, by hand."""
-    torch = torch_module()  # out here: torch.compile would break the graph at it
-
-    def loss(logits: Any, targets: Any) -> Any:
-        bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets)
-        probs = torch.sigmoid(logits)
-        axes = tuple(range(1, logits.ndim))
-        intersection = (probs * targets).sum(axes)
-        union = probs.sum(axes) + targets.sum(axes) - intersection
-        return bce + (1.0 - intersection / union).mean()
-
-    return loss
-
-
-def _value_and_grad(loss: Any, arrays: Volume, labels: bool = False) -> Call:
-    torch = torch_module()
-    logits = torch.from_numpy(arrays.logits).clone().requires_grad_()
-    targets = torch.from_numpy(arrays.targets).to(torch.int64 if labels else torch.float32)
-
-    def call() -> Any:
-        logits.grad = None  # what zero_grad(set_to_none=True) does
-        value = loss(logits, targets)
-        value.backward()
-        return value.detach()
-
-    call()
-    return call
+__all__ = ["adam"]
 
 
 def eager(arrays: Volume) -> Call:
     """Return forward and backward of the loss written by hand in PyTorch."""
-    return _value_and_grad(_bce_and_jaccard(), arrays)
+    return peers.eager(arrays.logits, arrays.targets)
 
 
 def compiled(arrays: Volume) -> Call:
     """Return the same through torch.compile, which may fail for want of a C++ compiler."""
     torch = torch_module()
     torch._dynamo.reset()
-    return _value_and_grad(torch.compile(_bce_and_jaccard(), dynamic=False), arrays)
+    return _value_and_grad(torch.compile(peers.bce_and_jaccard(), dynamic=False), arrays)
 
 
 def monai(arrays: Volume) -> Call:
     """Return forward and backward of MONAI's DiceCELoss with its Jaccard form."""
-    from monai.losses import DiceCELoss
-
-    return _value_and_grad(DiceCELoss(sigmoid=True, jaccard=True), arrays)
+    return peers.monai(arrays.logits, arrays.targets)
 
 
 def eager_softmax(arrays: Volume) -> Call:
     """Return forward and backward of cross-entropy + soft Jaccard over classes, by hand."""
-    torch = torch_module()
-
-    def loss(logits: Any, labels: Any) -> Any:
-        targets = torch.nn.functional.one_hot(labels, logits.shape[1]).movedim(-1, 1)
-        probs = torch.softmax(logits, 1)
-        axes = tuple(range(2, logits.ndim))
-        intersection = (probs * targets).sum(axes)
-        union = probs.sum(axes) + targets.sum(axes) - intersection
-        jaccard = 1.0 - intersection / union
-        return torch.nn.functional.cross_entropy(logits, labels) + jaccard.mean()
-
-    return _value_and_grad(loss, arrays, labels=True)
+    return peers.eager_softmax(arrays.logits, arrays.targets)
 
 
 def monai_softmax(arrays: Volume) -> Call:
     """Return forward and backward of MONAI's DiceCELoss over classes with its Jaccard form."""
-    from monai.losses import DiceCELoss
+    return peers.monai_softmax(arrays.logits, arrays.targets)
 
-    loss = DiceCELoss(to_onehot_y=True, softmax=True, jaccard=True)
-    return _value_and_grad(lambda x, y: loss(x, y[:, None]), arrays, labels=True)
+
+def _value_and_grad(loss: Any, arrays: Volume, labels: bool = False) -> Call:
+    return peers.value_and_grad(loss, arrays.logits, arrays.targets, labels)
 
 
 def _lovasz(torch: Any, errors: Any, truth: Any) -> Any:
@@ -128,14 +79,3 @@ def lovasz_softmax(arrays: Volume) -> Call:
         return torch.stack(losses).mean()
 
     return _value_and_grad(loss, arrays, labels=True)
-
-
-def adam(params: list[np.ndarray], grads: list[np.ndarray], implementation: str) -> Call:
-    """Return a step of torch.optim.Adam on copies; ``implementation`` is "fused" or "foreach"."""
-    torch = torch_module()
-    tensors = [torch.from_numpy(param).clone().requires_grad_() for param in params]
-    for tensor, grad in zip(tensors, grads, strict=True):
-        tensor.grad = torch.from_numpy(grad).clone()
-    optimizer = torch.optim.Adam(tensors, lr=1e-3, **{implementation: True})
-    optimizer.step()
-    return optimizer.step
