@@ -73,6 +73,18 @@ def test_when_something_is_kept(monkeypatch):
     assert asked == [True, *(False,) * 5]
 
 
+def test_out_is_no_gradient_when_targets_are_invalid():
+    loss, (logits, targets) = LOSSES["bce and jaccard"], volume(300, "float32")
+    out = np.full(logits.shape, 7.0, np.float32)
+    with pytest.raises(ValueError, match="targets must be"):
+        loss.value_and_grad(logits, targets.view(np.uint8) * 255, out=out)
+    assert np.all(np.isnan(out))  # the sums' pass had written there
+    half = np.full(logits.shape, 7.0, np.float16)
+    with pytest.raises(ValueError, match="targets must be"):
+        loss.value_and_grad(logits, targets.view(np.uint8) * 255, out=half)
+    assert np.all(half == 7.0)
+
+
 def test_a_nan_stays_where_it_is():
     logits, targets = volume(3000, "float32")
     logits[0, 1, 77] = logits[1, 2, 2999] = np.nan
