@@ -21,7 +21,7 @@ from numba import njit
 from numba.core.errors import TypingError
 
 import fastseg as fs
-from fastseg_kernels.constants import DTYPE_CODES
+from fastseg_kernels.cpu.conversions import round_kernel, widen_kernel
 from fastseg_kernels.cpu.elementary import (
     FLOAT32,
     FLOAT64,
@@ -30,8 +30,7 @@ from fastseg_kernels.cpu.elementary import (
     make_log,
     make_log1p,
 )
-from fastseg_kernels.cpu.intrinsics import bits_of, fma, from_bits, pointer_to
-from fastseg_kernels.cpu.operands import make_load_reals, make_store_reals
+from fastseg_kernels.cpu.intrinsics import bits_of, fma, from_bits
 from fastseg_kernels.cpu.points import Coefficients, Settings, Variant, make_point
 
 STRIDE = 521
@@ -393,34 +392,17 @@ def test_point_keeps_nan_and_is_zero_where_the_network_is_sure_and_right(quantit
 # Conversions
 
 
-@cache
-def conversion(real: Any, code: int, to_real: bool) -> Any:
-    T = real.scalar
-    load, store = make_load_reals(real), make_store_reals(real)
-
-    @njit
-    def widen(source, count, out):
-        load(source, code, count, pointer_to(out, T))
-
-    @njit
-    def narrow(source, count, out):
-        store(pointer_to(source, T), count, code, out)
-
-    return widen if to_real else narrow
-
-
 def widened(values: np.ndarray, real: Any) -> np.ndarray:
     out = np.empty(values.shape, real.scalar)
-    convert = conversion(real, DTYPE_CODES[values.dtype.name], True)
-    convert(values.ctypes.data, values.size, out.ctypes.data)
+    convert = widen_kernel(values.dtype.name, out.dtype.name)
+    convert.call(values.ctypes.data, values.size, out.ctypes.data)
     return out
 
 
 def narrowed(values: np.ndarray, dtype: Any) -> np.ndarray:
     out = np.empty(values.shape, dtype)
-    conversion(FLOAT32, DTYPE_CODES[out.dtype.name], False)(
-        values.ctypes.data, values.size, out.ctypes.data
-    )
+    convert = round_kernel("float32", out.dtype.name)
+    convert.call(values.ctypes.data, values.size, out.ctypes.data)
     return out
 
 

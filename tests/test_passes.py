@@ -209,9 +209,9 @@ def test_masks_of_any_dtype_leave_out_what_is_stored_there(weighted):
 OTHER_WAY = """
 import hashlib, sys
 import numpy as np
-from fastseg_kernels.cpu import operands, points, tiles
+from fastseg_kernels.cpu import halves, points, tiles
 points.HAS_MASKS = tiles.HAS_MASKS = points.HAS_MASKS != flip
-operands.HAS_HALF = operands.HAS_HALF and not flip
+halves.HAS_HALF = halves.HAS_HALF and not flip
 import fastseg as fs
 rng = np.random.default_rng(0)
 logits = rng.normal(0, 5, (2, 1, 9001)).astype(np.float32)

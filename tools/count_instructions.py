@@ -14,9 +14,9 @@ import re
 
 os.environ["FASTSEG_CACHE_DIR"] = ""  # a cached kernel has no assembly to read
 
-from fastseg_kernels.cpu.overlap import gradient_kernel, statistics_kernel
+from fastseg_kernels.cpu.overlap import slopes_kernel
 from fastseg_kernels.cpu.points import Variant
-from fastseg_kernels.cpu.tiles import LANES, TILE
+from fastseg_kernels.cpu.tiles import LANES, TILE, sums_kernel
 from fastseg_kernels.cpu.update_kernels import update_kernel
 
 VARIANT = Variant("float32", "binary", "sigmoid", frozenset({"bce", "overlap"}))
@@ -76,11 +76,11 @@ def in_a_tile(bodies: list[list[str]]) -> float:
 
 def main() -> None:
     """Print the counts of the two passes, and of that which starts from what the first kept."""
-    statistics = loops(statistics_kernel(VARIANT)._keep_alive._library.get_asm_str())
-    gradient = loops(gradient_kernel(VARIANT)._keep_alive._library.get_asm_str())
+    statistics = loops(sums_kernel(VARIANT)._keep_alive._library.get_asm_str())
+    gradient = loops(slopes_kernel(VARIANT)._keep_alive._library.get_asm_str())
     vector = min((body for body in gradient if divisions(body) == 1), key=len)
     of_kept = VARIANT.sloping(VARIANT.families)._replace(kept=True)
-    kept = loops(gradient_kernel(of_kept)._keep_alive._library.get_asm_str())
+    kept = loops(slopes_kernel(of_kept)._keep_alive._library.get_asm_str())
     # No other loop of that kernel multiplies and adds.
     own = min((body for body in kept if "vfn" in "".join(body) and stores(body)), key=len)
     print(

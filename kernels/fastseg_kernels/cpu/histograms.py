@@ -41,7 +41,7 @@ from fastseg_kernels.cpu.intrinsics import (
     stack_array,
     wide_vectors,
 )
-from fastseg_kernels.cpu.stage import JOB, MOST_TALLIES
+from fastseg_kernels.cpu.jobs import JOB, MOST_TALLIES
 
 SUM_BITS = 40
 """Bits of a word that hold the sum; those above hold the count."""

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from fastseg_kernels.cpu import threads
 from fastseg_kernels.cpu.compiled import Kernel, pasted
+from fastseg_kernels.cpu.conversions import to_labels
 from fastseg_kernels.cpu.intrinsics import address_of, carray, pointer_to, stack_array
-from fastseg_kernels.cpu.operands import SCRATCH_WORDS, STAGE, load_labels, load_raw
+from fastseg_kernels.cpu.jobs import JOB
+from fastseg_kernels.cpu.operands import SCRATCH_WORDS, STAGE, load_converted
 from fastseg_kernels.cpu.overlap import block_length
 from fastseg_kernels.cpu.passes import fill_geometry
-from fastseg_kernels.cpu.stage import JOB
 from fastseg_kernels.cpu.threads import SHARED_FROM
 from fastseg_kernels.problem import Problem
 
@@ -32,13 +33,10 @@ PAIRS = WAYS * ((FEW + 1) ** 2 + 1)
 @pasted
 def _bring(job, n, voxel, length, predicted, true, keep, scratch):  # type: ignore[no-untyped-def]
     """Bring labels, and the mask where there is one, into buffers."""
-    raw = load_raw(job.logits, job, n, 0, voxel, length, scratch)
-    load_labels(raw, job.logits.code, length, predicted)
-    raw = load_raw(job.targets, job, n, 0, voxel, length, scratch)
-    load_labels(raw, job.targets.code, length, true)
+    load_converted(job.logits, job, n, 0, voxel, length, scratch, address_of(predicted))
+    load_converted(job.targets, job, n, 0, voxel, length, scratch, address_of(true))
     if job.mask.address != 0:
-        raw = load_raw(job.mask, job, n, 0, voxel, length, scratch)
-        load_labels(raw, job.mask.code, length, keep)
+        load_converted(job.mask, job, n, 0, voxel, length, scratch, address_of(keep))
 
 
 @cache
@@ -169,6 +167,8 @@ def count_labels(problem: Problem, num_classes: int) -> NDArray[np.float64]:
     fill_geometry(record, {name: layout for name, layout in present.items() if layout is not None})
     for name, address in zip(names, problem.addresses, strict=False):
         record[name]["address"] = address
+        layout = present[name]
+        record[name]["convert"] = 0 if layout is None else to_labels(layout.dtype)
     voxels = prod(shape[2:])
     # A block's table is num_classes rows: long blocks keep it small beside the labels it counts.
     block = max(block_length(voxels), 64 * num_classes)

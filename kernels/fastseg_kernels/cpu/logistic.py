@@ -10,19 +10,13 @@ import numpy as np
 
 from fastseg_kernels.cpu import threads
 from fastseg_kernels.cpu.compiled import Kernel, function
+from fastseg_kernels.cpu.conversions import rounding, widening
 from fastseg_kernels.cpu.elementary import REALS, make_exp_negative
 from fastseg_kernels.cpu.intrinsics import address_of, carray, pointer_to, stack_array, wide_vectors
-from fastseg_kernels.cpu.operands import (
-    SCRATCH_WORDS,
-    STAGE,
-    load_raw,
-    make_load_reals,
-    make_store_reals,
-    store_raw,
-)
+from fastseg_kernels.cpu.jobs import JOB
+from fastseg_kernels.cpu.operands import SCRATCH_WORDS, STAGE, load_converted, store_converted
 from fastseg_kernels.cpu.overlap import block_length
 from fastseg_kernels.cpu.passes import fill_geometry
-from fastseg_kernels.cpu.stage import JOB
 from fastseg_kernels.cpu.threads import SHARED_FROM
 from fastseg_kernels.problem import compute_type
 from fastseg_kernels.views import View
@@ -35,7 +29,6 @@ def sigmoid_kernel(real_name: str) -> Kernel:
     T = real.scalar
     zero, one = T(0), T(1)
     exp_negative = make_exp_negative(real)
-    load_reals, store_reals = make_load_reals(real), make_store_reals(real)
 
     @function
     def probabilities(x, count, q):  # type: ignore[no-untyped-def]
@@ -53,11 +46,9 @@ def sigmoid_kernel(real_name: str) -> Kernel:
             voxel, end = block * job.block, min(job.voxels, (block + 1) * job.block)
             while voxel < end:
                 count = min(STAGE, end - voxel)
-                raw = load_raw(job.logits, job, 0, 0, voxel, count, scratch)
-                load_reals(raw, job.logits.code, count, x)
-                probabilities(x, count, q)
-                store_reals(q, count, job.out.code, scratch)
-                store_raw(job.out, job, 0, 0, voxel, count, scratch)
+                raw = load_converted(job.logits, job, 0, 0, voxel, count, scratch, address_of(x))
+                probabilities(pointer_to(raw, T), count, q)
+                store_converted(job.out, job, 0, 0, voxel, count, address_of(q), scratch)
                 voxel += count
 
     return Kernel(sigmoid, f"sigmoid-{real_name}")
@@ -74,9 +65,11 @@ def sigmoid(x: View, out: View) -> None:
     }
     fill_geometry(record, rows)
     record["logits"]["address"], record["out"]["address"] = x.address, out.address
-    voxels = prod(x.shape)
+    real, voxels = compute_type(x.dtype), prod(x.shape)
+    record["logits"]["convert"] = widening(x.dtype, real)
+    record["out"]["convert"] = rounding(real, out.dtype)
     block = block_length(voxels)
     record["voxels"], record["block"] = voxels, block
-    kernel = sigmoid_kernel(compute_type(x.dtype))
+    kernel = sigmoid_kernel(real)
     tasks = -(-voxels // block)
     threads.run(kernel, job.ctypes.data, tasks, voxels >= SHARED_FROM, (job, x, out))

@@ -9,27 +9,13 @@ mathematics, and no copy of a volume is ever made.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
 
-from fastseg_kernels.constants import (
-    DTYPE_CODES,
-    ITEM_SIZES,
-    MAX_DIMS,
-)
-from fastseg_kernels.cpu.compiled import compile_target, function
-from fastseg_kernels.cpu.elementary import Real
-from fastseg_kernels.cpu.intrinsics import (
-    address_of,
-    bits_of,
-    from_bits,
-    pointer_to,
-    round_to_half_bits,
-    wide_vectors,
-    widen_half_bits,
-)
+from fastseg_kernels.constants import ITEM_SIZES, MAX_DIMS
+from fastseg_kernels.cpu.compiled import function
+from fastseg_kernels.cpu.intrinsics import call_kernel, pointer_to
 from fastseg_kernels.views import Layout
 
 STAGE = 2048
@@ -43,7 +29,7 @@ INVALID, EXCLUDED = 2, 3
 OPERAND = np.dtype(
     [
         ("address", np.int64),
-        ("code", np.int64),
+        ("convert", np.int64),  # address of one of `conversions`; 0: stored as it is wanted
         ("item_size", np.int64),
         ("swapped", np.int64),
         ("stride_n", np.int64),
@@ -53,18 +39,12 @@ OPERAND = np.dtype(
 )
 """One array in a job record; an address of 0 says that there is none."""
 
-BOOL, U8, I8 = DTYPE_CODES["bool"], DTYPE_CODES["uint8"], DTYPE_CODES["int8"]
-U16, I16 = DTYPE_CODES["uint16"], DTYPE_CODES["int16"]
-U32, I32 = DTYPE_CODES["uint32"], DTYPE_CODES["int32"]
-U64, I64 = DTYPE_CODES["uint64"], DTYPE_CODES["int64"]
-F16, BF16 = DTYPE_CODES["float16"], DTYPE_CODES["bfloat16"]
-F32, F64 = DTYPE_CODES["float32"], DTYPE_CODES["float64"]
-FIRST_FLOAT = F16
-
 
 def fill_operand(record: Any, layout: Layout, strides: tuple[int, ...]) -> None:
-    """Write ``layout`` (N, C, *spatial) with its merged spatial ``strides`` into an operand."""
-    record["code"] = DTYPE_CODES[layout.dtype]
+    """Write ``layout`` (N, C, *spatial) with its merged spatial ``strides`` into an operand.
+
+    What converts its elements is the caller's to say.
+    """
     record["item_size"] = ITEM_SIZES[layout.dtype]
     record["swapped"] = layout.swapped
     record["stride_n"], record["stride_c"] = layout.strides[:2]
@@ -186,7 +166,24 @@ def load_raw(operand, job, n, c, voxel, count, buffer):  # type: ignore[no-untyp
 
 
 @function
-def store_raw(operand, job, n, c, voxel, count, buffer):  # type: ignore[no-untyped-def]
+def load_converted(operand, job, n, c, voxel, count, scratch, buffer):  # type: ignore[no-untyped-def]
+    """Return the address of ``count`` elements as they are wanted, maybe in one of the buffers."""
+    raw = load_raw(operand, job, n, c, voxel, count, scratch)
+    if operand.convert == 0:
+        return raw
+    call_kernel(operand.convert, raw, count, buffer)
+    return buffer
+
+
+@function
+def _copy(source, count, destination):  # type: ignore[no-untyped-def]
+    data, out = pointer_to(source, np.uint8), pointer_to(destination, np.uint8)
+    for i in range(count):
+        out[i] = data[i]
+
+
+@function
+def _store_raw(operand, job, n, c, voxel, count, buffer):  # type: ignore[no-untyped-def]
     """Write ``count`` native elements of ``buffer`` to where the operand's voxels lie."""
     row = row_address(operand, n, c)
     size = operand.item_size
@@ -199,218 +196,18 @@ def store_raw(operand, job, n, c, voxel, count, buffer):  # type: ignore[no-unty
         done += in_line
 
 
-def _make_widen(source_type: Any, target_type: Any) -> Any:
-    @function
-    def widen(source, count, out):  # type: ignore[no-untyped-def]
-        wide_vectors()
-        data = pointer_to(source, source_type)
-        for i in range(count):
-            out[i] = target_type(data[i])
-
-    return widen
-
-
-# Half and bfloat16 have no type in Numba: they are widened as bits, exactly.
-HAS_HALF = bool(compile_target()["features"].get("f16c"))
-_HALF_EXPONENT_SHIFT = np.float32(2.0**112)  # from half's exponent bias, 15, to float32's, 127
-_HALF_INFINITY = np.int32(0x7C00 << 13)
-_FLOAT_INFINITY = np.int32(0x7F800000)
-
-
 @function
-def half_to_float(half):  # type: ignore[no-untyped-def]
-    """Widen the bits of a float16."""
-    if HAS_HALF:
-        return widen_half_bits(half)
-    bits = np.int32(half)
-    magnitude = np.int32(np.int32(bits & np.int32(0x7FFF)) << np.int32(13))
-    scaled = bits_of(from_bits(magnitude) * _HALF_EXPONENT_SHIFT)  # subnormal halves included
-    infinite = np.int32(magnitude | _FLOAT_INFINITY)
-    value = infinite if magnitude >= _HALF_INFINITY else scaled
-    return from_bits(np.int32(value | np.int32(np.int32(bits & np.int32(0x8000)) << np.int32(16))))
-
-
-@function
-def bfloat16_to_float(bits):  # type: ignore[no-untyped-def]
-    """Widen the bits of a bfloat16."""
-    return from_bits(np.int32(np.int32(bits) << np.int32(16)))
-
-
-_HALF_OVERFLOW = np.int32(0x477FF000)  # 65520: the first float32 that rounds to infinity
-_HALF_SUBNORMAL_LIMIT = np.int32(0x38800000)  # 2^-14
-_HALF_SUBNORMAL_ROUNDER = np.float32(0.5)  # its unit in the last place is 2^-24, half's smallest
-_QUIET_NAN = np.int32(0x7E00)
-
-
-@function
-def float_to_half(x):  # type: ignore[no-untyped-def]
-    """Round to nearest, ties to even; in integers where the CPU cannot."""
-    if HAS_HALF:
-        return round_to_half_bits(x)
-    bits = bits_of(x)
-    sign = np.int32(np.int32(bits >> np.int32(16)) & np.int32(0x8000))
-    magnitude = np.int32(bits & np.int32(0x7FFFFFFF))
-    odd = np.int32(np.int32(magnitude >> np.int32(13)) & np.int32(1))
-    rounded = np.int32(
-        np.int32(magnitude + np.int32(np.int32(0xFFF - (112 << 23)) + odd)) >> np.int32(13)
-    )
-    subnormal = np.int32(
-        bits_of(from_bits(magnitude) + _HALF_SUBNORMAL_ROUNDER) - bits_of(_HALF_SUBNORMAL_ROUNDER)
-    )
-    value = subnormal if magnitude < _HALF_SUBNORMAL_LIMIT else rounded
-    value = np.int32(0x7C00) if magnitude >= _HALF_OVERFLOW else value
-    value = _QUIET_NAN if magnitude > _FLOAT_INFINITY else value
-    return np.uint16(np.int32(value | sign))
-
-
-@function
-def float_to_bfloat16(x):  # type: ignore[no-untyped-def]
-    """Round to nearest, ties to even, in integers."""
-    bits = bits_of(x)
-    odd = np.int32(np.int32(bits >> np.int32(16)) & np.int32(1))
-    rounded = np.int32(np.int32(bits + np.int32(np.int32(0x7FFF) + odd)) >> np.int32(16))
-    magnitude = np.int32(bits & np.int32(0x7FFFFFFF))
-    quiet = np.int32(np.int32(bits >> np.int32(16)) | np.int32(0x40))
-    return np.uint16(
-        np.int32((quiet if magnitude > _FLOAT_INFINITY else rounded) & np.int32(0xFFFF))
-    )
-
-
-@cache
-def make_widen_small(real: Real) -> tuple[Any, Any]:
-    """Return ``widen(address, count, out)`` for float16, and for bfloat16."""
-    T = real.scalar
-
-    @function
-    def widen_half(source, count, out):  # type: ignore[no-untyped-def]
-        wide_vectors()
-        data = pointer_to(source, np.uint16)
-        for i in range(count):
-            out[i] = T(half_to_float(data[i]))
-
-    @function
-    def widen_bfloat16(source, count, out):  # type: ignore[no-untyped-def]
-        wide_vectors()
-        data = pointer_to(source, np.uint16)
-        for i in range(count):
-            out[i] = T(bfloat16_to_float(data[i]))
-
-    return widen_half, widen_bfloat16
-
-
-@cache  # or each of its users would have it compiled anew
-def make_load_reals(real: Real) -> Any:
-    """Return ``load_reals(address, code, count, out)``: widen contiguous elements of any dtype."""
-    T = real.scalar
-    widen_half, widen_bfloat16 = make_widen_small(real)
-    widen_u8, widen_i8 = _make_widen(np.uint8, T), _make_widen(np.int8, T)
-    widen_u16, widen_i16 = _make_widen(np.uint16, T), _make_widen(np.int16, T)
-    widen_u32, widen_i32 = _make_widen(np.uint32, T), _make_widen(np.int32, T)
-    widen_u64, widen_i64 = _make_widen(np.uint64, T), _make_widen(np.int64, T)
-    widen_f32, widen_f64 = _make_widen(np.float32, T), _make_widen(np.float64, T)
-
-    @function
-    def load_reals(source, code, count, out):  # type: ignore[no-untyped-def]
-        if code == F32:
-            widen_f32(source, count, out)
-        elif code == BF16:
-            widen_bfloat16(source, count, out)
-        elif code == F16:
-            widen_half(source, count, out)
-        elif code == F64:
-            widen_f64(source, count, out)
-        elif code in (U8, BOOL):
-            widen_u8(source, count, out)
-        elif code == I8:
-            widen_i8(source, count, out)
-        elif code == U16:
-            widen_u16(source, count, out)
-        elif code == I16:
-            widen_i16(source, count, out)
-        elif code == U32:
-            widen_u32(source, count, out)
-        elif code == I32:
-            widen_i32(source, count, out)
-        elif code == U64:
-            widen_u64(source, count, out)
+def store_converted(operand, job, n, c, voxel, count, values, scratch):  # type: ignore[no-untyped-def]
+    """Write ``count`` elements at the address ``values``, which it may change, to the operand."""
+    converts, size = operand.convert != 0, operand.item_size
+    if is_contiguous(operand, job):
+        here = voxel_address(operand, n, c, voxel)
+        if converts:
+            call_kernel(operand.convert, values, count, here)
         else:
-            widen_i64(source, count, out)
-
-    return load_reals
-
-
-@cache
-def make_store_reals(real: Real) -> Any:
-    """Return ``store_reals(values, count, code, out)``: round once to a floating-point dtype."""
-    T = real.scalar
-
-    @function
-    def store_reals(values, count, code, destination):  # type: ignore[no-untyped-def]
-        wide_vectors()
-        if code == F32:
-            singles = pointer_to(destination, np.float32)
-            for i in range(count):
-                singles[i] = np.float32(values[i])
-        elif code == F64:
-            doubles = pointer_to(destination, np.float64)
-            for i in range(count):
-                doubles[i] = np.float64(values[i])
-        elif code == F16:
-            halves = pointer_to(destination, np.uint16)
-            for i in range(count):
-                halves[i] = float_to_half(np.float32(values[i]))
-        else:
-            brains = pointer_to(destination, np.uint16)
-            for i in range(count):
-                brains[i] = float_to_bfloat16(np.float32(values[i]))
-
-    assert T in (np.float32, np.float64)
-    return store_reals
-
-
-_widen_to_double = make_load_reals(Real(np.float64, np.int64, 52, 1023, 0.0, (), 0))
-_EXACT_INTEGERS = 2.0**53
-NO_LABEL = -(2**63)
-"""Stands for 0.5, NaN and the like: no class, and nothing that one would ignore."""
-_int64_from = {
-    dtype: _make_widen(dtype, np.int64)
-    for dtype in (np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.int64)
-}
-_from_u8, _from_i8 = _int64_from[np.uint8], _int64_from[np.int8]
-_from_u16, _from_i16 = _int64_from[np.uint16], _int64_from[np.int16]
-_from_u32, _from_i32 = _int64_from[np.uint32], _int64_from[np.int32]
-_from_i64 = _int64_from[np.int64]
-
-
-@function
-def _load_integers(source, code, count, out):  # type: ignore[no-untyped-def]
-    """Widen labels to int64. uint64 is read as int64: labels past 2^63 come out negative."""
-    if code in (U8, BOOL):
-        _from_u8(source, count, out)
-    elif code == I8:
-        _from_i8(source, count, out)
-    elif code == U16:
-        _from_u16(source, count, out)
-    elif code == I16:
-        _from_i16(source, count, out)
-    elif code == U32:
-        _from_u32(source, count, out)
-    elif code == I32:
-        _from_i32(source, count, out)
-    else:
-        _from_i64(source, count, out)
-
-
-@function
-def load_labels(source, code, count, out):  # type: ignore[no-untyped-def]
-    """Widen labels of any dtype to int64; what is not an integer becomes `NO_LABEL`."""
-    if code < FIRST_FLOAT:
-        _load_integers(source, code, count, out)
+            _copy(values, count * size, here)
         return
-    values = pointer_to(address_of(out), np.float64)
-    _widen_to_double(source, code, count, values)
-    for i in range(count):
-        value = values[i]
-        whole = abs(value) < _EXACT_INTEGERS
-        label = np.int64(value) if whole else np.int64(NO_LABEL)
-        out[i] = label if whole and np.float64(label) == value else np.int64(NO_LABEL)
+    if converts:
+        call_kernel(operand.convert, values, count, scratch)
+        values = scratch
+    _store_raw(operand, job, n, c, voxel, count, values)

@@ -4,6 +4,9 @@ A task is one block of one row (one sample and class; where the channels lie inn
 the rows of all classes together, so that each cache line is read once). Blocks are fixed by the
 length of a row, never by the number of threads, and sums are combined in a fixed order: those of a
 block by `tiles.py`, blocks by their index.
+
+The walk over the blocks is compiled once for a type and a kind of targets. What is computed of a
+run of voxels is a kernel of its own, called through its address: another loss compiles that alone.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import numpy as np
 
 from fastseg_kernels.constants import BASE_COLUMNS, COEFFICIENTS, columns
 from fastseg_kernels.cpu.compiled import Kernel, function
-from fastseg_kernels.cpu.elementary import REALS, Real
+from fastseg_kernels.cpu.elementary import REALS
 from fastseg_kernels.cpu.histograms import PIECE, VOXELS, flush_rows, is_full, tally
 from fastseg_kernels.cpu.intrinsics import (
     add_atomically,
@@ -26,10 +29,10 @@ from fastseg_kernels.cpu.intrinsics import (
     stack_array,
     wide_vectors,
 )
+from fastseg_kernels.cpu.jobs import JOB, LOAD_REQUEST, PARTS, RUN
 from fastseg_kernels.cpu.operands import SCRATCH_WORDS, STAGE, voxel_address
-from fastseg_kernels.cpu.points import Coefficients, Settings, Variant, make_is_allowed, make_point
-from fastseg_kernels.cpu.stage import EXCLUDED_INPUT, JOB, LOAD_REQUEST, PARTS
-from fastseg_kernels.cpu.tiles import TILE, counts_undefined, make_tile_sums
+from fastseg_kernels.cpu.points import Coefficients, Variant, make_point
+from fastseg_kernels.cpu.tiles import TILE, counts_undefined, sums_kernel
 
 SHORTEST_BLOCK = 8192
 """Voxels of a block: large enough that its float64 epilogue (5 sums of 16 lanes) is below 1%."""
@@ -47,19 +50,23 @@ def block_length(voxels: int) -> int:
     return -(-length // TILE) * TILE
 
 
-def _make_count_invalid(variant: Variant) -> Any:
-    """Return the second look at a block that holds an invalid target, prediction or weight."""
-    T = REALS[variant.real].scalar
-    binary, probs = variant.targets == "binary", variant.activation == "probs"
-    weighted = variant.targets == "weighted"
-    zero, one, is_allowed = T(0), T(1), make_is_allowed(variant, REALS[variant.real])
+def _make_count_invalid(T: Any, Target: Any) -> Any:
+    """Return the second look at a run that holds an invalid target, prediction or weight."""
+    binary = Target is np.uint8
+    zero, one = T(0), T(1)
 
     @function
-    def count_invalid(x, p, w, count):  # type: ignore[no-untyped-def]
+    def count_invalid(job, x, p, w, count):  # type: ignore[no-untyped-def]
+        probs, weighted, only_labels = job.probs, job.weights.address != 0, job.only_labels != 0
         invalid = 0
         for i in range(count):
-            wrong = p[i] > np.uint8(1) if binary else not is_allowed(p[i])
-            if probs:
+            if binary:
+                wrong = p[i] > np.uint8(1)
+            elif only_labels:
+                wrong = (p[i] != zero) & (p[i] != one)
+            else:
+                wrong = not (zero <= p[i] <= one)
+            if probs != 0:
                 wrong = wrong or x[i] < zero or x[i] > one
             if weighted:
                 wrong = wrong or not (w[i] >= zero)
@@ -78,46 +85,49 @@ def count_nan(x, count):  # type: ignore[no-untyped-def]
     return found
 
 
-def _make_direct_tail(variant: Variant) -> Any:
+def _make_direct_tail(T: Any, Target: Any) -> Any:
     """Return the copy of a row's last voxels, less than a tile, into padded buffers."""
-    T = REALS[variant.real].scalar
-    Target = np.uint8 if variant.targets == "binary" else T
-    excluded_input = T(EXCLUDED_INPUT[variant.activation])
 
     @function
-    def direct_tail(x, p, count, x_buffer, p_buffer):  # type: ignore[no-untyped-def]
+    def direct_tail(job, x, p, count, x_buffer, p_buffer):  # type: ignore[no-untyped-def]
         for i in range(count):
             x_buffer[i], p_buffer[i] = x[i], p[i]
         for i in range(count, TILE):
-            x_buffer[i], p_buffer[i] = excluded_input, Target(0)
+            x_buffer[i], p_buffer[i] = T(job.excluded_input), Target(0)
 
     return direct_tail
 
 
+def _types(real_name: str, binary: bool) -> tuple[Any, Any, str]:
+    """Return the types of predictions and targets in the buffers, and what names a kernel."""
+    T = REALS[real_name].scalar
+    return T, np.uint8 if binary else T, f"{real_name}-{'binary' if binary else 'real'}"
+
+
 @cache
-def statistics_kernel(variant: Variant) -> Kernel:
-    """Compile the kernel that fills ``job.sums`` for a variant; once per process."""
-    T = REALS[variant.real].scalar
-    Target = np.uint8 if variant.targets == "binary" else T
-    kept, names = variant.kept, columns(variant.families, counts=False)
-    width = len(names)
-    probs, smallest = variant.activation == "probs", np.finfo(T).smallest_subnormal
-    tile_sums, direct_tail = make_tile_sums(variant), _make_direct_tail(variant)
-    count_invalid, later = _make_count_invalid(variant), counts_undefined(variant)
-    at_undefined = names.index("undefined") if later else 0
+def _statistics_walk(real_name: str, binary: bool) -> Kernel:
+    """Compile the kernel that fills ``job.sums``, by the kernel at ``job.of_run``."""
+    T, Target, named = _types(real_name, binary)
+    direct_tail, count_invalid = _make_direct_tail(T, Target), _make_count_invalid(T, Target)
+
+    @function
+    def look_again(job, run, x, p, w, count, out):  # type: ignore[no-untyped-def]
+        """Count what the sums of a run only say that there is."""
+        if run.bad != 0:
+            out[INVALID_COLUMN] += count_invalid(job, x, p, w, count)
+            if job.undefined_column != 0:
+                out[job.undefined_column] += count_nan(x, count)
 
     def statistics(job_address, first, last):  # type: ignore[no-untyped-def]
         job = carray(pointer_to(job_address, JOB), 1)[0]
         x, p, w = stack_array(STAGE, T), stack_array(STAGE, Target), stack_array(STAGE, T)
         excluded, scratch = stack_array(STAGE, np.uint8), stack_array(SCRATCH_WORDS, np.int64)
-        ask_pointer = stack_array(1, LOAD_REQUEST)
-        ask = carray(ask_pointer, 1)[0]
+        ask_pointer, run_pointer = stack_array(1, LOAD_REQUEST), stack_array(1, RUN)
+        ask, run = carray(ask_pointer, 1)[0], carray(run_pointer, 1)[0]
         ask.x, ask.p, ask.w = address_of(x), address_of(p), address_of(w)
         ask.excluded, ask.scratch = address_of(excluded), address_of(scratch)
-        # Padding is probability 0, and must not reach a threshold that is 0 as a float32.
-        threshold = max(T(job.threshold), smallest) if probs else T(job.threshold)
-        settings = Settings(threshold, T(job.gamma))
-        groups = job.classes // job.inner_classes
+        run.w = run.keep = address_of(w)  # nothing is written there unless something is kept
+        width, groups = job.columns, job.classes // job.inner_classes
         voxels_pointer = stack_array(1, VOXELS)
         voxels = carray(voxels_pointer, 1)[0]
         piece = PIECE if job.tallied != 0 else job.voxels
@@ -136,30 +146,31 @@ def statistics_kernel(variant: Variant) -> Kernel:
                     out[k] = 0.0
             while job.direct != 0 and voxel < end:
                 this_row = n * job.classes + first_class
-                index = this_row * job.blocks + block
-                out = pointer_to(job.sums + 8 * width * index, np.float64)
-                x_here = pointer_to(voxel_address(job.logits, n, first_class, voxel), T)
-                p_here = pointer_to(voxel_address(job.targets, n, first_class, voxel), Target)
+                run.out = job.sums + 8 * width * (this_row * job.blocks + block)
+                out = pointer_to(run.out, np.float64)
                 count = min(piece, end - voxel)
-                keep = w  # nothing is written there
-                if kept:
-                    keep = pointer_to(voxel_address(job.out, n, first_class, voxel), T)
-                bad = tile_sums(x_here, p_here, w, count // TILE, settings, out, keep)
-                if count % TILE != 0:
-                    done = count - count % TILE
+                run.x = voxel_address(job.logits, n, first_class, voxel)
+                run.p = voxel_address(job.targets, n, first_class, voxel)
+                x_here, p_here = pointer_to(run.x, T), pointer_to(run.p, Target)
+                if job.kept != 0:
+                    run.keep = voxel_address(job.out, n, first_class, voxel)
+                run.count, rest = count // TILE, count % TILE
+                call_kernel(job.of_run, job_address, address_of(run_pointer), 0)
+                if rest != 0:
+                    done, bad, keep = count - rest, run.bad, pointer_to(run.keep, T)
                     x_rest = pointer_to(voxel_address(job.logits, n, first_class, voxel + done), T)
                     p_rest = pointer_to(
                         voxel_address(job.targets, n, first_class, voxel + done), Target
                     )
-                    direct_tail(x_rest, p_rest, count % TILE, x, p)
-                    bad |= tile_sums(x, p, w, 1, settings, out, w)
-                    if kept:
-                        for i in range(count % TILE):
+                    direct_tail(job, x_rest, p_rest, rest, x, p)
+                    run.x, run.p, run.count = address_of(x), address_of(p), 1
+                    run.keep = address_of(w)
+                    call_kernel(job.of_run, job_address, address_of(run_pointer), 0)
+                    run.bad |= bad
+                    if job.kept != 0:
+                        for i in range(rest):
                             keep[done + i] = w[i]
-                if bad != 0:
-                    out[INVALID_COLUMN] += count_invalid(x_here, p_here, w, count)
-                    if later:
-                        out[at_undefined] += count_nan(x_here, count)
+                look_again(job, run, x_here, p_here, w, count, out)
                 if job.tallied != 0:
                     full = is_full(this_row, counted_row, in_words, count)
                     voxels.x, voxels.p = address_of(x_here), address_of(p_here)
@@ -172,20 +183,19 @@ def statistics_kernel(variant: Variant) -> Kernel:
                 voxel += count
             while voxel < end:
                 count = min(STAGE, end - voxel)
-                tiles = (count + TILE - 1) // TILE
                 first_row = n * job.classes + first_class
                 full = is_full(first_row, counted_row, in_words, count)
+                run.count = (count + TILE - 1) // TILE
                 for c in range(first_class, first_class + job.inner_classes):
-                    index = (n * job.classes + c) * job.blocks + block
-                    out = pointer_to(job.sums + 8 * width * index, np.float64)
+                    run.out = job.sums + 8 * width * ((n * job.classes + c) * job.blocks + block)
+                    out = pointer_to(run.out, np.float64)
                     ask.n, ask.c, ask.voxel, ask.count = n, c, voxel, count
-                    ask.padded = tiles * TILE
+                    ask.padded = run.count * TILE
                     call_kernel(job.load, job_address, address_of(ask_pointer), 0)
+                    run.x, run.p = ask.x_at, ask.p_at
+                    call_kernel(job.of_run, job_address, address_of(run_pointer), 0)
                     x_here, p_here = pointer_to(ask.x_at, T), pointer_to(ask.p_at, Target)
-                    if tile_sums(x_here, p_here, w, tiles, settings, out, w) != 0:
-                        out[INVALID_COLUMN] += count_invalid(x_here, p_here, w, count)
-                        if later:
-                            out[at_undefined] += count_nan(x_here, count)
+                    look_again(job, run, x_here, p_here, w, count, out)
                     if job.tallied != 0:
                         k = c - first_class
                         voxels.x, voxels.p = ask.x_at, ask.p_at
@@ -201,31 +211,41 @@ def statistics_kernel(variant: Variant) -> Kernel:
             ask_address = address_of(voxels_pointer)
             flush_rows(job, job_address, ask_address, words, counted_row, job.inner_classes)
 
-    return Kernel(statistics, variant.name("statistics"))
+    return Kernel(statistics, f"statistics-{named}")
 
 
-@cache
-def gradient_kernel(variant: Variant) -> Kernel:
-    """Compile the kernel that writes ``job.out`` from ``job.coefficients`` for a variant."""
-    return _second_pass(variant, "gradient")
+def statistics_kernel(job: Any, variant: Variant) -> Kernel:
+    """Return the kernel that fills ``job.sums``; write what a variant tells it into the job."""
+    names = columns(variant.families, counts=False)
+    job["of_run"], job["columns"] = sums_kernel(variant).address, len(names)
+    job["kept"], job["probs"] = variant.kept, variant.activation == "probs"
+    job["only_labels"] = "labels" in variant.families
+    job["undefined_column"] = names.index("undefined") if counts_undefined(variant) else 0
+    return _statistics_walk(variant.real, variant.targets == "binary")
 
 
-@cache
-def errors_kernel(variant: Variant) -> Kernel:
-    """Compile the kernel that writes the errors of the Lovasz hinge to ``job.out``.
+def gradient_kernel(job: Any, variant: Variant) -> Kernel:
+    """Return the kernel that writes ``job.out`` from ``job.coefficients``, likewise."""
+    job["of_run"] = slopes_kernel(variant).address
+    return _gradient_walk(variant.real, variant.targets == "binary")
+
+
+def errors_kernel(job: Any, variant: Variant) -> Kernel:
+    """Return the kernel that writes the errors of the Lovasz hinge to ``job.out``.
 
     Those of the foreground have the sign bit; 0 stands for no error, and for what is left out.
     """
-    return _second_pass(variant, "errors")
+    job["of_run"] = _errors_of_run(variant.real, variant.targets == "binary").address
+    return _gradient_walk(variant.real, variant.targets == "binary")
 
 
-def _make_errors(variant: Variant, real: Real) -> Any:
-    """Return the loop over voxels of `errors_kernel`."""
-    T = real.scalar
+@cache
+def _errors_of_run(real_name: str, binary: bool) -> Kernel:
+    T, Target, named = _types(real_name, binary)
     zero, one = T(0), T(1)
 
     @function
-    def errors(x, p, w, count, coefficients, out):  # type: ignore[no-untyped-def]
+    def errors(x, p, count, out):  # type: ignore[no-untyped-def]
         wide_vectors()
         for i in range(count):
             positive = p[i] != 0
@@ -233,18 +253,24 @@ def _make_errors(variant: Variant, real: Real) -> Any:
             error = zero if error < zero else error  # NaN stays
             out[i] = -error if positive else error
 
-    return errors
+    def errors_of_run(job_address, run_address, unused):  # type: ignore[no-untyped-def]
+        run = carray(pointer_to(run_address, RUN), 1)[0]
+        out = pointer_to(run.out, T)
+        errors(pointer_to(run.x, T), pointer_to(run.p, Target), run.count, out)
+
+    return Kernel(errors_of_run, f"errors-{named}")
 
 
-def _second_pass(variant: Variant, verb: str) -> Kernel:
-    """Compile a kernel that writes a number for each voxel."""
+@cache
+def slopes_kernel(variant: Variant) -> Kernel:
+    """Compile ``slopes(job, run, unused)``: the gradient of each voxel of a run."""
     real = REALS[variant.real]
     T = real.scalar
     binary, weighted = variant.targets == "binary", variant.targets == "weighted"
     folded = variant.of_binary_logits and "overlap_l1" in variant.families
     Target = np.uint8 if binary else T
     zero = T(0)
-    point, size, kept = make_point(variant, real), np.dtype(T).itemsize, variant.kept
+    point, kept = make_point(variant, real), variant.kept
     slope, slope_of_kept = point.slope, point.slope_of_kept
 
     @function
@@ -262,24 +288,41 @@ def _second_pass(variant: Variant, verb: str) -> Kernel:
             for i in range(count):
                 out[i] = slope(x[i], p[i], w[i] if weighted else zero, k)
 
+    def slopes_of_run(job_address, run_address, unused):  # type: ignore[no-untyped-def]
+        run = carray(pointer_to(run_address, RUN), 1)[0]
+        x, p, w = pointer_to(run.x, T), pointer_to(run.p, Target), pointer_to(run.w, T)
+        k, exact = stack_array(COEFFICIENTS, T), pointer_to(run.coefficients, np.float64)
+        for i in range(COEFFICIENTS):
+            k[i] = T(exact[i])
+        if folded:
+            k[0], k[1] = T(exact[0] + exact[4]), T(exact[1] + exact[5])
+        slopes(x, p, w, run.count, k, pointer_to(run.out, T))
+
+    return Kernel(slopes_of_run, variant.name("slopes"))
+
+
+@cache
+def _gradient_walk(real_name: str, binary: bool) -> Kernel:
+    """Compile the kernel that writes a number for each voxel, by the kernel at ``job.of_run``."""
+    T, Target, named = _types(real_name, binary)
+    zero, size = T(0), np.dtype(T).itemsize
+
     @function
     def add_slopes(count, given, out):  # type: ignore[no-untyped-def]
         wide_vectors()
         for i in range(count):
             out[i] += given[i]
 
-    if verb == "errors":
-        slopes = _make_errors(variant, real)
-
     def gradient(job_address, first, last):  # type: ignore[no-untyped-def]
         job = carray(pointer_to(job_address, JOB), 1)[0]
         x, p, w = stack_array(STAGE, T), stack_array(STAGE, Target), stack_array(STAGE, T)
-        g, k = stack_array(STAGE, T), stack_array(COEFFICIENTS, T)
+        g = stack_array(STAGE, T)
         excluded, scratch = stack_array(STAGE, np.uint8), stack_array(SCRATCH_WORDS, np.int64)
-        ask_pointer = stack_array(1, LOAD_REQUEST)
-        ask = carray(ask_pointer, 1)[0]
+        ask_pointer, run_pointer = stack_array(1, LOAD_REQUEST), stack_array(1, RUN)
+        ask, run = carray(ask_pointer, 1)[0], carray(run_pointer, 1)[0]
         ask.p, ask.w = address_of(p), address_of(w)
         ask.excluded, ask.scratch = address_of(excluded), address_of(scratch)
+        run.w, run.out = address_of(w), address_of(g)
         groups = job.classes // job.inner_classes
         voxels_pointer = stack_array(1, VOXELS)
         voxels = carray(voxels_pointer, 1)[0]
@@ -289,30 +332,25 @@ def _second_pass(variant: Variant, verb: str) -> Kernel:
             voxel, end = block * job.block, min(job.voxels, (block + 1) * job.block)
             while voxel < end:
                 count = min(STAGE, end - voxel)
+                run.count = count
                 for c in range(first_class, first_class + job.inner_classes):
                     voxels.row = n * job.classes + c
-                    of_row = job.coefficients + 8 * job.coefficient_width * voxels.row
-                    exact = pointer_to(of_row, np.float64)
-                    for i in range(COEFFICIENTS):
-                        k[i] = T(exact[i])
-                    if folded:
-                        k[0], k[1] = T(exact[0] + exact[4]), T(exact[1] + exact[5])
-                    g_here = g
+                    run.coefficients = job.coefficients + 8 * job.coefficient_width * voxels.row
                     if job.in_place != 0:
-                        g_here = pointer_to(voxel_address(job.out, n, c, voxel), T)
+                        run.out = voxel_address(job.out, n, c, voxel)
                     ask.n, ask.c, ask.voxel, ask.count, ask.padded = n, c, voxel, count, count
                     ask.x, ask.left_out = address_of(x), 0
-                    x_here, p_here = x, p
                     if job.direct != 0:
-                        x_here = pointer_to(voxel_address(job.logits, n, c, voxel), T)
-                        p_here = pointer_to(voxel_address(job.targets, n, c, voxel), Target)
+                        run.x = voxel_address(job.logits, n, c, voxel)
+                        run.p = voxel_address(job.targets, n, c, voxel)
                     else:
                         call_kernel(job.load, job_address, address_of(ask_pointer), 0)
-                        x_here, p_here = pointer_to(ask.x_at, T), pointer_to(ask.p_at, Target)
-                    slopes(x_here, p_here, w, count, k, g_here)
+                        run.x, run.p = ask.x_at, ask.p_at
+                    call_kernel(job.of_run, job_address, address_of(run_pointer), 0)
+                    g_here = pointer_to(run.out, T)
                     if job.tallied != 0:
-                        voxels.x, voxels.p = address_of(x_here), address_of(p_here)
-                        voxels.count, voxels.out = count, address_of(g_here)
+                        voxels.x, voxels.p = run.x, run.p
+                        voxels.count, voxels.out = count, run.out
                         tally(job, job_address, address_of(voxels_pointer))
                     if ask.left_out > 0:  # exactly 0, also where a coefficient is not finite
                         for i in range(count):
@@ -326,4 +364,4 @@ def _second_pass(variant: Variant, verb: str) -> Kernel:
                         call_kernel(job.store, job_address, address_of(ask_pointer), 0)
                 voxel += count
 
-    return Kernel(gradient, variant.name(verb))
+    return Kernel(gradient, f"gradient-{named}")

@@ -24,17 +24,20 @@ from fastseg_kernels.constants import (
 )
 from fastseg_kernels.cpu import overlap, softmax, sorting, threads
 from fastseg_kernels.cpu.compiled import Kernel
+from fastseg_kernels.cpu.conversions import rounding, to_labels, widening
 from fastseg_kernels.cpu.histograms import (
     prepare_counts,
     prepare_look_up,
     signed_slopes,
     task_words,
 )
+from fastseg_kernels.cpu.jobs import JOB
+from fastseg_kernels.cpu.label_codes import codes_kernel
 from fastseg_kernels.cpu.operands import fill_operand
 from fastseg_kernels.cpu.overlap import block_length
 from fastseg_kernels.cpu.points import HAS_MASKS, Variant
 from fastseg_kernels.cpu.softmax_stage import MOST_CLASSES, tile_load_kernel
-from fastseg_kernels.cpu.stage import EXCLUDED_INPUT, JOB, load_kernel, store_kernel
+from fastseg_kernels.cpu.stage import EXCLUDED_INPUT, load_kernel, store_kernel
 from fastseg_kernels.cpu.threads import SHARED_FROM
 from fastseg_kernels.problem import Arrangement, Evaluation, Problem
 from fastseg_kernels.views import Geometry, Layout, View, in_order_of, merge_layouts
@@ -135,7 +138,7 @@ def _plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
     record["block"] = block_length(voxels)
     record["blocks"] = -(-voxels // block_length(voxels))
     record["inner_classes"] = shape[1] if interleaved else 1
-    wanted = ("bool", "uint8") if kind == "binary" else (real,)
+    wanted = ("bool", "uint8", "int8") if kind == "binary" else (real,)  # -1 is invalid as 255
     record["direct"] = (
         not weighted
         and arrangement.mask is None
@@ -156,11 +159,18 @@ def _plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
     record["excluded_input"] = EXCLUDED_INPUT[arrangement.activation]
     if not record["direct"]:
         record["load"] = load_kernel(real, kind == "binary").address
+        record["logits"]["convert"] = widening(logits.dtype, real)
+        if labelled:
+            record["classify"] = codes_kernel(targets.dtype).address
+        else:
+            record["targets"]["convert"] = widening(targets.dtype, real)
+        _fill_conversions(record, arrangement)
     if out is not None:
         in_place = out.dtype == real and _is_run(geometry, len(layouts) - 1, out)
         record["in_place"] = in_place
+        record["out"]["convert"] = rounding(real, out.dtype)
         if not in_place:
-            record["store"] = store_kernel(real).address
+            record["store"] = store_kernel().address
     groups = shape[1] // int(record["inner_classes"]) if shape[1] else 0
     blocks = int(record["blocks"])
     tasks = shape[0] * groups * blocks
@@ -173,9 +183,19 @@ def _plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
     return _Plan(job, overlap, variant, tasks, blocks, task_rows, share, {}, {}, keeps)
 
 
+def _fill_conversions(record: Any, arrangement: Arrangement) -> None:
+    """Write how a mask and a weight map become reals; masks of one byte are looked at as such."""
+    mask, weights, real = arrangement.mask, arrangement.weights, arrangement.real
+    if mask is not None and (ITEM_SIZES[mask.dtype] > 1 or arrangement.activation == "softmax"):
+        record["mask"]["convert"] = widening(mask.dtype, real)
+    if weights is not None:
+        record["weights"]["convert"] = widening(weights.dtype, real)
+
+
 def _softmax_plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
     """Return the plan where a task is a block of voxels with all of its classes."""
-    logits, shape, real = arrangement.logits, arrangement.shape, arrangement.real
+    logits, targets, shape = arrangement.logits, arrangement.targets, arrangement.shape
+    real = arrangement.real
     if shape[1] > MOST_CLASSES:
         raise ValueError(f"at most {MOST_CLASSES} classes are supported, got {shape[1]}")
     job = np.zeros(1, JOB)
@@ -197,12 +217,19 @@ def _softmax_plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
     )
     record["has_ignore"], record["ignore_label"] = has_ignore, arrangement.ignore_index or 0
     record["load"] = tile_load_kernel(real, arrangement.indexed).address
+    record["logits"]["convert"] = widening(logits.dtype, real)
+    if not arrangement.indexed:
+        record["targets"]["convert"] = widening(targets.dtype, real)
+    elif targets.dtype not in ("bool", "uint8"):
+        record["targets"]["convert"] = to_labels(targets.dtype)
+    _fill_conversions(record, arrangement)
     if out is not None:
         record["in_place"] = out.dtype == real and _is_run(geometry, len(layouts) - 1, out)
-        record["store"] = store_kernel(real).address
-    targets = "indexed" if arrangement.indexed else "soft"
+        record["out"]["convert"] = rounding(real, out.dtype)
+        record["store"] = store_kernel().address
+    kind = "indexed" if arrangement.indexed else "soft"
     weighted = "weighted_" if arrangement.weights is not None else ""
-    variant = Variant(real, weighted + targets, "softmax")
+    variant = Variant(real, weighted + kind, "softmax")
     tasks, share = shape[0] * blocks, prod(shape) >= SHARED_FROM
     return _Plan(job, softmax, variant, tasks, blocks, shape[1], share, {}, {})
 
@@ -253,8 +280,9 @@ def _statistics_call(
     job["gamma"] = gamma_of(families)
     prepare_counts(job[0], (variant.real, variant.activation, variant.targets), families)
     width = len(columns(families, counts=False))
+    kernel = plan.module.statistics_kernel(job[0], variant.adding(families)._replace(kept=keeping))
     return _Call(
-        plan.module.statistics_kernel(variant.adding(families)._replace(kept=keeping)),
+        kernel,
         job.view(np.int64),
         [],
         (*arrangement.shape[:2], plan.blocks, width),
@@ -270,7 +298,7 @@ def _gradient_call(plan: _Plan, families: frozenset[str], kept: bool) -> _Call:
     if histogram is not None:
         prepare_look_up(job[0], (variant.real, variant.activation, variant.targets), histogram)
     job["coefficient_width"] = coefficient_width(families)
-    kernel = plan.module.gradient_kernel(variant.sloping(families)._replace(kept=kept))
+    kernel = plan.module.gradient_kernel(job[0], variant.sloping(families)._replace(kept=kept))
     return _Call(kernel, job.view(np.int64), [], bins=histogram.bins if histogram else 0)
 
 
@@ -333,7 +361,7 @@ def gradient(
     same = out.address == problem.addresses[0] and words[IN_PLACE] != 0
     over_itself = same and plan.module is overlap
     if over_itself:  # LLVM's check for overlap would send the loop down its scalar path
-        words[IN_PLACE], words[STORE] = 0, store_kernel(plan.variant.real).address
+        words[IN_PLACE], words[STORE] = 0, store_kernel().address
     memory = (job, coefficients, signed, slopes, problem, out)
     threads.run(call.kernel, address, plan.tasks, plan.share, memory)
     if over_itself:
@@ -376,8 +404,8 @@ def sorted_slopes(
     errors = np.empty((samples, classes, prod(spatial)), real)
     layout = in_order_of(arrangement.logits, arrangement.real, real.itemsize)
     plan = _plan(arrangement, layout)
-    kernel = plan.module.errors_kernel(plan.variant)
     job = plan.job.copy()
+    kernel = plan.module.errors_kernel(job[0], plan.variant)
     words = job.view(np.int64)
     for word, address in zip(ADDRESSES, (*problem.addresses, _address(errors)), strict=True):
         words[word] = address

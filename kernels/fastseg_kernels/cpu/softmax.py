@@ -31,6 +31,7 @@ T_c, with
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +47,7 @@ from fastseg_kernels.cpu.intrinsics import (
     pointer_to,
     stack_array,
 )
+from fastseg_kernels.cpu.jobs import JOB, LOAD_REQUEST, PARTS
 from fastseg_kernels.cpu.operands import voxel_address
 from fastseg_kernels.cpu.points import Variant, make_is_allowed
 from fastseg_kernels.cpu.softmax_slopes import has_shares, has_slopes, make_tile_gradient
@@ -57,7 +59,6 @@ from fastseg_kernels.cpu.softmax_stage import (
     UNIT,
 )
 from fastseg_kernels.cpu.softmax_sums import FILLED, make_tile_statistics
-from fastseg_kernels.cpu.stage import JOB, LOAD_REQUEST, PARTS
 
 SHORTEST_BLOCK = 8192
 """Logits of a block; as in `overlap`."""
@@ -76,8 +77,23 @@ def block_length(voxels: int, classes: int) -> int:
     return max(1, -(-length // tile)) * tile
 
 
+def statistics_kernel(job: Any, variant: Variant) -> Kernel:
+    """Return the kernel that fills ``job.sums``, as that of `overlap`; the job is told nothing."""
+    return _statistics(variant)
+
+
+def gradient_kernel(job: Any, variant: Variant) -> Kernel:
+    """Return the kernel that writes ``job.out`` from ``job.coefficients``."""
+    return _second_pass(variant, "gradient")
+
+
+def errors_kernel(job: Any, variant: Variant) -> Kernel:
+    """Return the kernel that writes abs(p - q) to ``job.out``, as that of `overlap`."""
+    return _second_pass(variant, "errors")
+
+
 @cache
-def statistics_kernel(variant: Variant) -> Kernel:
+def _statistics(variant: Variant) -> Kernel:
     """Compile the kernel that fills ``job.sums`` for a variant; once per process."""
     real = REALS[variant.real]
     T, I = real.scalar, real.integer  # noqa: E741
@@ -155,17 +171,6 @@ def statistics_kernel(variant: Variant) -> Kernel:
 
 
 @cache
-def gradient_kernel(variant: Variant) -> Kernel:
-    """Compile the kernel that writes ``job.out`` from ``job.coefficients`` for a variant."""
-    return _second_pass(variant, "gradient")
-
-
-@cache
-def errors_kernel(variant: Variant) -> Kernel:
-    """Compile the kernel that writes abs(p - q) to ``job.out``, as `overlap.errors_kernel`."""
-    return _second_pass(variant, "errors")
-
-
 def _second_pass(variant: Variant, verb: str) -> Kernel:
     """Compile a kernel that writes a number for each class of each voxel."""
     real = REALS[variant.real]

@@ -23,8 +23,8 @@ from fastseg_kernels.cpu.intrinsics import (
     stack_array,
     wide_vectors,
 )
-from fastseg_kernels.cpu.operands import BOOL, U8, load_labels, load_raw, make_load_reals
-from fastseg_kernels.cpu.stage import JOB
+from fastseg_kernels.cpu.jobs import JOB
+from fastseg_kernels.cpu.operands import load_converted
 from fastseg_kernels.cpu.tiles import LANES
 
 BUFFER = 16384
@@ -61,7 +61,6 @@ def tile_load_kernel(real_name: str, indexed: bool) -> Kernel:
     real = REALS[real_name]
     T, I = real.scalar, real.integer  # noqa: E741
     size = np.dtype(T).itemsize
-    load_reals = make_load_reals(real)
     zero, one, nobody = T(0), T(1), I(NOBODY)
 
     @function
@@ -97,35 +96,39 @@ def tile_load_kernel(real_name: str, indexed: bool) -> Kernel:
     @function
     def load_indices(job, ask, labels, scratch, target, keep):  # type: ignore[no-untyped-def]
         """Fill ``target``; leave out voxels whose index is ignored or none."""
-        raw = load_raw(job.targets, job, ask.n, 0, ask.voxel, ask.count, scratch)
+        raw = load_converted(
+            job.targets, job, ask.n, 0, ask.voxel, ask.count, scratch, address_of(labels)
+        )
         has_ignore, ignore = job.has_ignore != 0, job.ignore_label
-        if job.targets.code in (BOOL, U8):
-            values = pointer_to(raw, np.uint8)
+        if job.targets.convert == 0:
             ignored, unknown = take_bytes(
-                values, ask.count, has_ignore, ignore, job.classes, target, keep
+                pointer_to(raw, np.uint8), ask.count, has_ignore, ignore, job.classes, target, keep
             )
             ask.left_out, ask.invalid = np.int64(ignored), np.int64(unknown)
         else:
-            load_labels(raw, job.targets.code, ask.count, labels)
             ignored, unknown = take_words(
                 labels, ask.count, has_ignore, ignore, job.classes, target, keep
             )
             ask.left_out, ask.invalid = ignored, unknown
 
     @function
-    def load_weights(job, ask, values, scratch, keep, weight):  # type: ignore[no-untyped-def]
+    def load_weights(job, ask, buffer, scratch, keep, weight):  # type: ignore[no-untyped-def]
         """Leave out what the mask says, and fill ``weight``."""
         if job.mask.address != 0:
-            raw = load_raw(job.mask, job, ask.n, 0, ask.voxel, ask.count, scratch)
-            load_reals(raw, job.mask.code, ask.count, values)
+            raw = load_converted(
+                job.mask, job, ask.n, 0, ask.voxel, ask.count, scratch, address_of(buffer)
+            )
+            values = pointer_to(raw, T)
             for i in range(ask.count):
                 if values[i] == zero and keep[i] != zero:
                     ask.left_out += 1
                 keep[i] = zero if values[i] == zero else keep[i]
         copy(keep, weight, ask.tile)
         if job.weights.address != 0:
-            raw = load_raw(job.weights, job, ask.n, 0, ask.voxel, ask.count, scratch)
-            load_reals(raw, job.weights.code, ask.count, values)
+            raw = load_converted(
+                job.weights, job, ask.n, 0, ask.voxel, ask.count, scratch, address_of(buffer)
+            )
+            values = pointer_to(raw, T)
             for i in range(ask.count):
                 if keep[i] != zero and not values[i] >= zero:
                     ask.invalid += 1
@@ -135,9 +138,11 @@ def tile_load_kernel(real_name: str, indexed: bool) -> Kernel:
     def load_rows(operand, job, ask, scratch, keep, destination):  # type: ignore[no-untyped-def]
         """Widen the rows of all classes; 0 for voxels that are left out."""
         for c in range(job.classes):
-            row = pointer_to(destination + c * ask.tile * size, T)
-            raw = load_raw(operand, job, ask.n, c, ask.voxel, ask.count, scratch)
-            load_reals(raw, operand.code, ask.count, row)
+            there = destination + c * ask.tile * size
+            raw = load_converted(operand, job, ask.n, c, ask.voxel, ask.count, scratch, there)
+            row, values = pointer_to(there, T), pointer_to(raw, T)
+            if raw != there:
+                copy(values, row, ask.count)
             for i in range(ask.tile):
                 row[i] = zero if keep[i] == zero else row[i]
 

@@ -12,25 +12,25 @@ from typing import Any
 
 import numpy as np
 
-from fastseg_kernels.constants import MAX_DIMS, TARGETS_AS_STORED
+from fastseg_kernels.constants import TARGETS_AS_STORED
 from fastseg_kernels.cpu.compiled import Kernel, function
+from fastseg_kernels.cpu.conversions import EXCLUDED
 from fastseg_kernels.cpu.elementary import REALS, Real
-from fastseg_kernels.cpu.intrinsics import carray, pointer_to, select, wide_vectors
-from fastseg_kernels.cpu.label_codes import load_codes
+from fastseg_kernels.cpu.intrinsics import (
+    address_of,
+    call_kernel,
+    carray,
+    pointer_to,
+    select,
+    wide_vectors,
+)
+from fastseg_kernels.cpu.jobs import JOB, LOAD_REQUEST
 from fastseg_kernels.cpu.operands import (
-    BOOL,
-    EXCLUDED,
-    F32,
-    F64,
-    I8,
-    OPERAND,
     STAGE,
-    U8,
     is_contiguous,
+    load_converted,
     load_raw,
-    make_load_reals,
-    make_store_reals,
-    store_raw,
+    store_converted,
     voxel_address,
 )
 
@@ -38,106 +38,23 @@ EXCLUDED_INPUT = {"sigmoid": -3e38, "probs": 0.0}
 """Prediction of a voxel that is left out: with target 0 its loss and gradient are exactly 0. (With
 target 1 they are not: the flipped sums of `points` know it by this number.)"""
 
-MOST_TALLIES = 2
-TALLY = np.dtype(
-    [
-        ("kernel", np.int64),  # address of one of `histograms`
-        ("bins", np.int64),
-        ("octave_bits", np.int64),  # of errors: 2^octave_bits bins in an octave
-        ("lowest", np.int64),  # of errors: exponent of the first octave
-        ("first_word", np.int64),  # among those of a row in a task
-        ("first_column", np.int64),  # among those of a row's counts
-    ]
-)
-"""What counts voxels in a histogram, or looks their slopes up."""
-
-JOB = np.dtype(
-    [
-        ("logits", OPERAND),
-        ("targets", OPERAND),
-        ("mask", OPERAND),
-        ("weights", OPERAND),
-        ("out", OPERAND),
-        ("ndim", np.int64),
-        ("sizes", np.int64, (MAX_DIMS,)),
-        ("classes", np.int64),
-        ("voxels", np.int64),  # of one row
-        ("block", np.int64),  # voxels of one block
-        ("blocks", np.int64),  # of one row
-        ("inner_classes", np.int64),  # classes of one task: 1, or all
-        ("direct", np.int64),  # 1: logits and targets are read where they lie
-        ("labelled", np.int64),  # 1: targets are labels, also where the loop wants reals
-        ("target_mode", np.int64),
-        ("has_ignore", np.int64),
-        ("ignore_label", np.int64),
-        ("ignore_real", np.float64),
-        ("positive_label", np.int64),
-        ("positive_real", np.float64),
-        ("threshold", np.float64),
-        ("gamma", np.float64),  # of the focal sums
-        ("excluded_input", np.float64),
-        ("load", np.int64),  # address of the load kernel; only called unless direct
-        ("store", np.int64),  # address of the store kernel; only called unless in_place
-        ("in_place", np.int64),  # 1: the gradient is computed where out lies
-        ("sums", np.int64),  # address of float64 (samples, classes, blocks, columns)
-        ("tallied", np.int64),  # how many of the tallies there are
-        ("tallies", TALLY, (MOST_TALLIES,)),
-        ("curve", np.int64),  # 1: one counts the largest class of soft targets
-        ("row_words", np.int64),  # that a task counts a row in
-        ("counted_columns", np.int64),
-        ("counts", np.int64),  # address of int64 (samples, classes, counted columns)
-        ("words", np.int64),  # address of int64 (parts, rows of a task, words), zeros
-        ("parts", np.int64),  # how many calls of the kernel have taken their part of the words
-        ("signed", np.int64),  # address of (samples, classes, words): slopes of a histogram
-        ("slopes", np.int64),  # address of (samples, classes, voxels), of the type computed in
-        ("coefficients", np.int64),  # address of float64 (samples, classes, coefficients)
-        ("coefficient_width", np.int64),
-    ]
-)
-"""What the kernels of the overlap family are told; addresses are of the caller's memory."""
-
-PARTS = JOB.fields["parts"][1]  # type: ignore[index]
-"""Where in a job the number of its parts lies that have begun."""
-
-
-LOAD_REQUEST = np.dtype(
-    [
-        ("n", np.int64),
-        ("c", np.int64),
-        ("voxel", np.int64),  # of row (n, c), the first one
-        ("count", np.int64),
-        ("padded", np.int64),  # what is brought goes up to here, with excluded voxels
-        ("x", np.int64),  # addresses of the buffers
-        ("p", np.int64),
-        ("w", np.int64),
-        ("excluded", np.int64),
-        ("scratch", np.int64),  # address of `SCRATCH_WORDS` words
-        ("x_at", np.int64),  # answer: where predictions and targets are, if not in the buffers
-        ("p_at", np.int64),
-        ("left_out", np.int64),  # answer: how many of the ``count`` voxels are excluded
-    ]
-)
-"""What a load kernel is asked, and its answer. ``excluded`` is filled only if a voxel is."""
-
 
 def _make_load_excluded(real: Real) -> tuple[Any, Any]:
     """Return how a mask, and how many voxels are left out, come to bytes of 0 and 1."""
     T = real.scalar
-    load_reals = make_load_reals(real)
     yes, no, zero = np.uint8(1), np.uint8(0), T(0)
 
     @function
     def load_mask(job, ask, excluded):  # type: ignore[no-untyped-def]
         wide_vectors()
-        count = ask.count
-        raw = load_raw(job.mask, job, ask.n, ask.c, ask.voxel, count, ask.scratch)
-        if job.mask.code in (BOOL, U8, I8):
+        count, buffer = ask.count, ask.scratch + 8 * STAGE
+        raw = load_converted(job.mask, job, ask.n, ask.c, ask.voxel, count, ask.scratch, buffer)
+        if job.mask.item_size == 1:
             keep = pointer_to(raw, np.uint8)
             for i in range(count):
                 excluded[i] = select(keep[i] == no, yes, no)
         else:
-            wide = pointer_to(ask.scratch + 8 * STAGE, T)
-            load_reals(raw, job.mask.code, count, wide)
+            wide = pointer_to(raw, T)
             for i in range(count):
                 excluded[i] = select(wide[i] == zero, yes, no)
 
@@ -155,21 +72,36 @@ def _make_load_excluded(real: Real) -> tuple[Any, Any]:
     return load_mask, count_excluded
 
 
+def _make_copy(T: Any) -> Any:
+    """Return the copy of elements of a type to a buffer."""
+
+    @function
+    def copy(source, count, out):  # type: ignore[no-untyped-def]
+        wide_vectors()
+        values = pointer_to(source, T)
+        for i in range(count):
+            out[i] = values[i]
+
+    return copy
+
+
 def _make_load_targets(real: Real, binary: bool) -> Any:
     """Return how targets come to a buffer, and those that are ignored to ``excluded``."""
     T = real.scalar
-    load_reals = make_load_reals(real)
+    copy = _make_copy(T)
     yes, no, code_excluded = np.uint8(1), np.uint8(0), np.uint8(EXCLUDED)
 
     @function
-    def load_targets(job, ask, p, excluded):  # type: ignore[no-untyped-def]
+    def load_targets(job, ask, job_address, request_address, p, excluded):  # type: ignore[no-untyped-def]
         wide_vectors()
         n, c, voxel, count = ask.n, ask.c, ask.voxel, ask.count
         masked, of_codes = job.mask.address != 0, binary or job.labelled != 0
         if of_codes:
-            codes = p if binary else pointer_to(ask.scratch, np.uint8)
+            ask.codes = address_of(p) if binary else ask.scratch
             raw = load_raw(job.targets, job, n, c, voxel, count, ask.scratch + 8 * STAGE)
-            load_codes(raw, job.targets.code, count, job, ask.scratch + 4 * STAGE, codes)
+            ask.labels, ask.brief = raw, ask.scratch + 4 * STAGE
+            call_kernel(job.classify, job_address, request_address, 0)
+            codes = pointer_to(ask.codes, np.uint8)
             if job.has_ignore != 0:
                 for i in range(count):
                     was = excluded[i] if masked else no
@@ -178,8 +110,9 @@ def _make_load_targets(real: Real, binary: bool) -> Any:
                 for i in range(count):
                     p[i] = T(codes[i])
         else:
-            raw = load_raw(job.targets, job, n, c, voxel, count, ask.scratch)
-            load_reals(raw, job.targets.code, count, p)
+            raw = load_converted(job.targets, job, n, c, voxel, count, ask.scratch, address_of(p))
+            if raw != address_of(p):
+                copy(raw, count, p)
             if job.has_ignore != 0:
                 ignored = T(job.ignore_real)
                 for i in range(count):
@@ -200,8 +133,7 @@ def load_kernel(real_name: str, binary: bool) -> Kernel:
     real = REALS[real_name]
     T = real.scalar
     Target = np.uint8 if binary else T
-    as_stored = F32 if T is np.float32 else F64
-    load_reals, load_targets = make_load_reals(real), _make_load_targets(real, binary)
+    copy, load_targets = _make_copy(T), _make_load_targets(real, binary)
     load_mask, count_excluded = _make_load_excluded(real)
     no = np.uint8(0)
 
@@ -210,7 +142,7 @@ def load_kernel(real_name: str, binary: bool) -> Kernel:
         """Tell whether targets are stored as the codes that the loops want."""
         if not binary or job.has_ignore != 0 or not is_contiguous(job.targets, job):
             return False
-        return job.target_mode == TARGETS_AS_STORED and job.targets.code in (BOOL, U8)
+        return job.target_mode == TARGETS_AS_STORED and job.targets.item_size == 1
 
     @function
     def put(values, excluded, count, nothing):  # type: ignore[no-untyped-def]
@@ -232,17 +164,18 @@ def load_kernel(real_name: str, binary: bool) -> Kernel:
         if ask.left_out == 0 and count == padded and are_codes(job):
             ask.p_at = voxel_address(job.targets, n, c, voxel)
         else:
-            load_targets(job, ask, p, excluded)
+            load_targets(job, ask, job_address, request_address, p, excluded)
             if job.has_ignore != 0:
                 ask.left_out = count_excluded(excluded, count)
         if weighted:
-            raw = load_raw(job.weights, job, n, c, voxel, count, ask.scratch)
-            load_reals(raw, job.weights.code, count, w)
-        raw = load_raw(job.logits, job, n, c, voxel, count, ask.scratch)
-        if ask.left_out == 0 and count == padded and job.logits.code == as_stored:
+            raw = load_converted(job.weights, job, n, c, voxel, count, ask.scratch, ask.w)
+            if raw != ask.w:
+                copy(raw, count, w)
+        raw = load_converted(job.logits, job, n, c, voxel, count, ask.scratch, ask.x)
+        if ask.left_out == 0 and count == padded:
             ask.x_at = raw  # maybe in scratch
-        else:
-            load_reals(raw, job.logits.code, count, x)
+        elif raw != ask.x:
+            copy(raw, count, x)
         if ask.left_out != 0:
             put(x, excluded, count, nothing)
             put(p, excluded, count, Target(0))
@@ -257,21 +190,12 @@ def load_kernel(real_name: str, binary: bool) -> Kernel:
 
 
 @cache
-def store_kernel(real_name: str) -> Kernel:
+def store_kernel() -> Kernel:
     """Compile ``store(job, request, unused)``: write buffer ``x`` of the request to ``job.out``."""
-    real = REALS[real_name]
-    T = real.scalar
-    store_reals = make_store_reals(real)
 
     def store(job_address, request_address, unused):  # type: ignore[no-untyped-def]
         job = carray(pointer_to(job_address, JOB), 1)[0]
         ask = carray(pointer_to(request_address, LOAD_REQUEST), 1)[0]
-        values = pointer_to(ask.x, T)
-        if is_contiguous(job.out, job):
-            here = voxel_address(job.out, ask.n, ask.c, ask.voxel)
-            store_reals(values, ask.count, job.out.code, here)
-        else:
-            store_reals(values, ask.count, job.out.code, ask.scratch)
-            store_raw(job.out, job, ask.n, ask.c, ask.voxel, ask.count, ask.scratch)
+        store_converted(job.out, job, ask.n, ask.c, ask.voxel, ask.count, ask.x, ask.scratch)
 
-    return Kernel(store, f"store-{real_name}")
+    return Kernel(store, "store")

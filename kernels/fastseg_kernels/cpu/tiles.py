@@ -14,22 +14,26 @@ wide the CPU's vectors are.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastseg_kernels.constants import BASE_COLUMNS, columns
-from fastseg_kernels.cpu.compiled import function, inlined
+from fastseg_kernels.cpu.compiled import Kernel, function, inlined
 from fastseg_kernels.cpu.elementary import REALS
 from fastseg_kernels.cpu.intrinsics import (
     address_of,
+    carray,
     pointer_to,
     stack_array,
     wide_vectors,
 )
+from fastseg_kernels.cpu.jobs import JOB, RUN
 from fastseg_kernels.cpu.points import (
     HALF_WORD,
     HAS_MASKS,
+    Settings,
     Variant,
     bce_needed,
     make_point,
@@ -94,18 +98,25 @@ def make_tile_sums(variant: Variant) -> Any:
     at_target = at["targets_sum"]
     at_inner, at_missed = at["true_positive_sum"], at["false_negative_sum"]
     at_false_alarm = at["false_positive_sum"]
-    at_bce, at_pos, at_neg = at["bce_sum"], at["bce_pos_sum"], at["bce_neg_sum"]
-    at_hits, at_undefined = at["hard_true_positives"], at["undefined"]
-    at_over, at_under = at["hard_false_positives"], at["hard_false_negatives"]
     at_common, at_short, at_excess = (
         at[f"l1_{name}_sum"] for name in ("true_positive", "false_negative", "false_positive")
     )
     at_product, at_square = at["product_sum"], at["squared_error_sum"]
-    overlap, l1, squared = sums_needed(variant.families, counted)
     at_flipped, at_focal = at["bce_flipped_pos_sum"], at["focal_bce_pos_sum"]
+    at_hits, at_undefined = at["hard_true_positives"], at["undefined"]
+    _, l1, squared = sums_needed(variant.families, counted)
     bce, split, flipped, focal = bce_needed(variant.families)
-    hard = at_hits >= 0
+    at_bce, at_neg = at["bce_pos_sum" if split else "bce_sum"], at["bce_neg_sum"]
+    region, bent, hard = at_inner >= 0, at_common >= 0, at_hits >= 0
     told, told_by_bce = counts_undefined(variant), bce and not split
+    width = len(names)
+    # Where the whole numbers of the hard counts are; of those that are not counted, at the first.
+    counts = ["hits", "predicted"] + ["true"] * (not counted) + ["undefined"] * (not told)
+    of_hits, of_predicted, of_true, of_undefined = (
+        LANES * counts.index(name) if name in counts else 0
+        for name in ("hits", "predicted", "true", "undefined")
+    )
+    reals, integers = width * LANES, (len(counts) if hard else 1) * LANES
     half_word, low_half = I(HALF_WORD), I(2**HALF_WORD - 1)
     zero, unit, nothing, none = T(0), I(1), I(0), (T(0), T(0))
 
@@ -139,6 +150,47 @@ def make_tile_sums(variant: Variant) -> Any:
         return join(sums, more)
 
     @inlined
+    def put(sums, group, whole, bad, j):  # type: ignore[no-untyped-def]
+        """Write what lane j has of a tile: reals by their column, whole numbers, what is bad."""
+        if bce:
+            group[at_bce * LANES + j] = log_sum(sums.product_pos, sums.bce_pos)
+        if split:
+            group[at_neg * LANES + j] = log_sum(sums.product_neg, sums.bce_neg)
+        if flipped:
+            group[at_flipped * LANES + j] = log_sum(sums.product_pos, sums.flipped_pos)
+            group[(at_flipped + 1) * LANES + j] = log_sum(sums.product_neg, sums.flipped_neg)
+        if focal:
+            group[at_focal * LANES + j] = sums.focal_pos
+            group[(at_focal + 1) * LANES + j] = sums.focal_neg
+        if region:
+            group[at_inner * LANES + j] = sums.inner
+            group[at_missed * LANES + j] = sums.missed
+            group[at_false_alarm * LANES + j] = sums.false_alarm
+        if bent:
+            group[at_common * LANES + j] = sums.common if l1 else sums.inner
+            group[at_short * LANES + j] = sums.short if l1 else sums.missed
+            group[at_excess * LANES + j] = sums.excess if l1 else sums.false_alarm
+        if squared:
+            group[at_product * LANES + j] = sums.inner
+            group[at_square * LANES + j] = sums.square
+        if hard and counted:
+            whole[of_hits + j] = I(sums.predicted >> half_word)
+            whole[of_predicted + j] = I(sums.predicted & low_half)
+        elif hard:
+            whole[of_hits + j], whole[of_predicted + j] = sums.hits, sums.predicted
+            whole[of_true + j] = sums.true
+        if told:
+            of_all = sums.bce_pos + sums.product_pos
+            if not told_by_bce:
+                of_all = sums.inner + sums.missed + sums.false_alarm
+            bad[j] = I(bad[j] | (nothing if of_all == of_all else unit))
+        elif hard:
+            whole[of_undefined + j] = sums.undefined
+        if not counted:
+            group[at_target * LANES + j] = sums.target
+            bad[j] = I(bad[j] | sums.bad)
+
+    @inlined
     def count_tile(p, start, group, label_sums, label_bits):  # type: ignore[no-untyped-def]
         """Add labels of one byte up, four at a time; invalid ones set a bit beyond the first."""
         for j in range(BYTES):
@@ -160,39 +212,18 @@ def make_tile_sums(variant: Variant) -> Any:
         """
         wide_vectors()
         e, small = stack_array(TILE, T), stack_array(TILE, T)
-        group_pos, group_neg = stack_array(LANES, T), stack_array(LANES, T)
-        group_flipped_pos, group_flipped_neg = stack_array(LANES, T), stack_array(LANES, T)
-        group_focal_pos, group_focal_neg = stack_array(LANES, T), stack_array(LANES, T)
-        group_inner, group_missed = stack_array(LANES, T), stack_array(LANES, T)
-        group_false, group_target = stack_array(LANES, T), stack_array(LANES, T)
-        group_common, group_short = stack_array(LANES, T), stack_array(LANES, T)
-        group_excess, group_square = stack_array(LANES, T), stack_array(LANES, T)
-        group_hits, group_over = stack_array(LANES, I), stack_array(LANES, I)
-        group_true, group_undefined = stack_array(LANES, I), stack_array(LANES, I)
-        all_bad = stack_array(LANES, I)
-        group_label = stack_array(BYTES, np.uint8)
+        group, lanes = stack_array(reals, T), stack_array(reals, np.float64)
+        whole, whole_lanes = stack_array(integers, I), stack_array(integers, np.int64)
+        all_bad, group_label = stack_array(LANES, I), stack_array(BYTES, np.uint8)
         label_sums, label_bits = stack_array(BYTES, np.int32), stack_array(BYTES, np.uint8)
-        lane_pos, lane_neg = stack_array(LANES, np.float64), stack_array(LANES, np.float64)
-        lane_flipped_pos = stack_array(LANES, np.float64)
-        lane_flipped_neg = stack_array(LANES, np.float64)
-        lane_focal_pos = stack_array(LANES, np.float64)
-        lane_focal_neg = stack_array(LANES, np.float64)
-        lane_inner, lane_missed = stack_array(LANES, np.float64), stack_array(LANES, np.float64)
-        lane_false, lane_target = stack_array(LANES, np.float64), stack_array(LANES, np.float64)
-        lane_common, lane_short = stack_array(LANES, np.float64), stack_array(LANES, np.float64)
-        lane_excess, lane_square = stack_array(LANES, np.float64), stack_array(LANES, np.float64)
-        lane_hits, lane_over = stack_array(LANES, np.int64), stack_array(LANES, np.int64)
-        lane_true, lane_undefined = stack_array(LANES, np.int64), stack_array(LANES, np.int64)
         for j in range(BYTES):
             label_sums[j], label_bits[j] = np.int32(0), np.uint8(0)
         for j in range(LANES):
-            lane_pos[j] = lane_neg[j] = lane_inner[j] = lane_missed[j] = 0.0
-            lane_false[j] = lane_target[j] = 0.0
-            lane_flipped_pos[j] = lane_flipped_neg[j] = 0.0
-            lane_focal_pos[j] = lane_focal_neg[j] = 0.0
-            lane_common[j] = lane_short[j] = lane_excess[j] = lane_square[j] = 0.0
-            lane_hits[j] = lane_over[j] = lane_true[j] = lane_undefined[j] = 0
             all_bad[j] = nothing
+        for k in range(reals):
+            group[k], lanes[k] = zero, 0.0
+        for k in range(integers):
+            whole[k], whole_lanes[k] = nothing, 0
         for tile in range(tiles):
             start = tile * TILE
             v = Voxels(
@@ -207,110 +238,54 @@ def make_tile_sums(variant: Variant) -> Any:
                 for j in range(TILE):
                     e[j], small[j] = masses_of(v.x[j])
             for j in range(LANES):  # vectorised: one lane each
-                sums = sixteen(v, j, settings)
-                if bce:
-                    group_pos[j] = log_sum(sums.product_pos, sums.bce_pos)
-                if split:
-                    group_neg[j] = log_sum(sums.product_neg, sums.bce_neg)
-                if flipped:
-                    group_flipped_pos[j] = log_sum(sums.product_pos, sums.flipped_pos)
-                    group_flipped_neg[j] = log_sum(sums.product_neg, sums.flipped_neg)
-                if focal:
-                    group_focal_pos[j], group_focal_neg[j] = sums.focal_pos, sums.focal_neg
-                if overlap:
-                    group_inner[j], group_missed[j] = sums.inner, sums.missed
-                    group_false[j] = sums.false_alarm
-                if l1:
-                    group_common[j], group_short[j] = sums.common, sums.short
-                    group_excess[j] = sums.excess
-                if squared:
-                    group_square[j] = sums.square
-                if hard and counted:
-                    group_hits[j] = I(sums.predicted >> half_word)
-                    group_over[j] = I(sums.predicted & low_half)
-                elif hard:
-                    group_hits[j], group_over[j] = sums.hits, sums.predicted
-                if told:
-                    of_all = sums.bce_pos + sums.product_pos
-                    if not told_by_bce:
-                        of_all = sums.inner + sums.missed + sums.false_alarm
-                    all_bad[j] = I(all_bad[j] | (nothing if of_all == of_all else unit))
-                elif hard:
-                    group_undefined[j] = sums.undefined
-                if not counted:
-                    group_target[j] = sums.target
-                    all_bad[j] = I(all_bad[j] | sums.bad)
-                    if hard:
-                        group_true[j] = sums.true
+                put(sixteen(v, j, settings), group, whole, all_bad, j)
             if counted:
                 count_tile(p, start, group_label, label_sums, label_bits)
-            for j in range(LANES):  # apart, or LLVM would vectorise all of it by float64's width
-                if bce:
-                    lane_pos[j] += np.float64(group_pos[j])
-                if split:
-                    lane_neg[j] += np.float64(group_neg[j])
-                if flipped:
-                    lane_flipped_pos[j] += np.float64(group_flipped_pos[j])
-                    lane_flipped_neg[j] += np.float64(group_flipped_neg[j])
-                if focal:
-                    lane_focal_pos[j] += np.float64(group_focal_pos[j])
-                    lane_focal_neg[j] += np.float64(group_focal_neg[j])
-                if overlap:
-                    lane_inner[j] += np.float64(group_inner[j])
-                    lane_missed[j] += np.float64(group_missed[j])
-                    lane_false[j] += np.float64(group_false[j])
-                if l1:
-                    lane_common[j] += np.float64(group_common[j])
-                    lane_short[j] += np.float64(group_short[j])
-                    lane_excess[j] += np.float64(group_excess[j])
-                if squared:
-                    lane_square[j] += np.float64(group_square[j])
-                if not counted:
-                    lane_target[j] += np.float64(group_target[j])
-                if hard:
-                    lane_hits[j] += np.int64(group_hits[j])
-                    lane_over[j] += np.int64(group_over[j])
-                    if not told:
-                        lane_undefined[j] += np.int64(group_undefined[j])
-                    if not counted:
-                        lane_true[j] += np.int64(group_true[j])
+            for k in range(at_target * LANES, reals):  # apart: it has float64's width
+                lanes[k] += np.float64(group[k])
+            if hard:
+                for k in range(integers):
+                    whole_lanes[k] += np.int64(whole[k])
         bad = nothing
         if counted:
             for j in range(BYTES):
-                lane_target[j % LANES] += np.float64(label_sums[j])
+                lanes[at_target * LANES + j % LANES] += np.float64(label_sums[j])
                 bad = I(bad | I(label_bits[j] >> np.uint8(1)))
         for j in range(LANES):
             bad = I(bad | all_bad[j])
-            out[at_target] += lane_target[j]
-            if at_pos >= 0:
-                out[at_pos] += lane_pos[j]
-                out[at_neg] += lane_neg[j]
-            elif at_bce >= 0:
-                out[at_bce] += lane_pos[j]
-            if flipped:
-                out[at_flipped] += lane_flipped_pos[j]
-                out[at_flipped + 1] += lane_flipped_neg[j]
-            if focal:
-                out[at_focal] += lane_focal_pos[j]
-                out[at_focal + 1] += lane_focal_neg[j]
-            if at_inner >= 0:
-                out[at_inner] += lane_inner[j]
-                out[at_missed] += lane_missed[j]
-                out[at_false_alarm] += lane_false[j]
-            if at_common >= 0:
-                out[at_common] += lane_common[j] if l1 else lane_inner[j]
-                out[at_short] += lane_short[j] if l1 else lane_missed[j]
-                out[at_excess] += lane_excess[j] if l1 else lane_false[j]
-            if squared:
-                out[at_product] += lane_inner[j]
-                out[at_square] += lane_square[j]
+            for k in range(at_target, width):
+                out[k] += lanes[k * LANES + j]
             if hard:
-                true = lane_target[j] if counted else np.float64(lane_true[j])
-                out[at_hits] += np.float64(lane_hits[j])
-                out[at_over] += np.float64(lane_over[j] - lane_hits[j])
-                out[at_under] += true - np.float64(lane_hits[j])
+                hits = np.float64(whole_lanes[of_hits + j])
+                true = np.float64(whole_lanes[of_true + j])
+                if counted:
+                    true = lanes[at_target * LANES + j]
+                out[at_hits] += hits
+                out[at_hits + 1] += np.float64(whole_lanes[of_predicted + j]) - hits
+                out[at_hits + 2] += true - hits
                 if not told:
-                    out[at_undefined] += np.float64(lane_undefined[j])
+                    out[at_undefined] += np.float64(whole_lanes[of_undefined + j])
         return bad
 
     return tile_sums
+
+
+@cache
+def sums_kernel(variant: Variant) -> Kernel:
+    """Compile ``sums(job, run, unused)``: the loop, apart from the walk that all variants share."""
+    T = REALS[variant.real].scalar
+    Target = np.uint8 if variant.targets == "binary" else T
+    probs, smallest = variant.activation == "probs", np.finfo(T).smallest_subnormal
+    tile_sums = make_tile_sums(variant)
+
+    def sums(job_address, run_address, unused):  # type: ignore[no-untyped-def]
+        job = carray(pointer_to(job_address, JOB), 1)[0]
+        run = carray(pointer_to(run_address, RUN), 1)[0]
+        # Padding is probability 0, and must not reach a threshold that is 0 as a float32.
+        threshold = max(T(job.threshold), smallest) if probs else T(job.threshold)
+        x, p, w = pointer_to(run.x, T), pointer_to(run.p, Target), pointer_to(run.w, T)
+        out, keep = pointer_to(run.out, np.float64), pointer_to(run.keep, T)
+        settings = Settings(threshold, T(job.gamma))
+        run.bad = np.int64(tile_sums(x, p, w, run.count, settings, out, keep))
+
+    return Kernel(sums, variant.name("sums"))

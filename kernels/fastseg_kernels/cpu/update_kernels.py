@@ -19,6 +19,12 @@ import numpy as np
 
 from fastseg_kernels.cpu.compiled import Kernel, function, inlined
 from fastseg_kernels.cpu.elementary import REALS
+from fastseg_kernels.cpu.halves import (
+    bfloat16_to_float,
+    float_to_bfloat16,
+    float_to_half,
+    half_to_float,
+)
 from fastseg_kernels.cpu.intrinsics import (
     address_of,
     bits_of,
@@ -30,12 +36,6 @@ from fastseg_kernels.cpu.intrinsics import (
     select,
     stack_array,
     wide_vectors,
-)
-from fastseg_kernels.cpu.operands import (
-    bfloat16_to_float,
-    float_to_bfloat16,
-    float_to_half,
-    half_to_float,
 )
 from fastseg_kernels.updates import (
     COEFFICIENTS,
