@@ -569,8 +569,8 @@ def test_pool_survives_ctrl_c_at_any_time(run):
 
     def trial():
         left[0] = 2
-        signal.setitimer(signal.ITIMER_REAL, 1e-5 + random.random() * 6e-4, 3e-5)
         try:
+            signal.setitimer(signal.ITIMER_REAL, 1e-5 + random.random() * 6e-4, 3e-5)
             while left[0] == 2:
                 threads._run_in_pool(state, Kernel(), 0, [0, 1, 2], None)
         finally:
