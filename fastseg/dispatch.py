@@ -48,6 +48,16 @@ class UpdateTable(Protocol):
         """
 
 
+class SmallCall(Protocol):
+    """All steps of a call in one, for arrays of known layouts and a known loss."""
+
+    kept: bool
+    """Whether ``out`` may not be the logits."""
+
+    def __call__(self, problem: Problem, out: View, factor: float) -> tuple[Any, Any]:
+        """Write the gradient to ``out``; return the sums and the value (None: see the sums)."""
+
+
 class Backend(Protocol):
     """What ``fastseg_kernels.cpu`` exports, and what a backend for another device must.
 
@@ -56,6 +66,19 @@ class Backend(Protocol):
 
     def keeps(self, problem: Problem, families: frozenset[str], out: View) -> bool:
         """Tell whether statistics may keep in ``out`` what the gradient then starts from."""
+
+    def small_call(
+        self,
+        problem: Problem,
+        out: View,
+        table: Any,
+        families: frozenset[str],
+        own: frozenset[str],
+    ) -> SmallCall | None:
+        """Return all steps in one, for calls arranged as this is, or None where that is no gain.
+
+        ``families`` are added up; the loss is made of ``own``; ``table`` is what `prepare` made.
+        """
 
     def statistics(
         self, problem: Problem, families: frozenset[str], keep: View | None = None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastseg.dispatch import Backend, backend_of, cpu
+from fastseg.dispatch import Backend, SmallCall, backend_of, cpu
 from fastseg.libraries import Library, device_number, library_of
 from fastseg.options import DEFAULTS, Options
 from fastseg.problems import check_out, make_problem, raise_for_invalid, stand_in
@@ -41,6 +41,8 @@ NOT_SUMMED = {
 """Families of sums that no kernel of an activation adds up."""
 _INVALID = BASE_COLUMNS.index("invalid")
 _COUNT = BASE_COLUMNS.index("count")
+MOST_SMALL_CALLS = 64
+"""Arrangements of small volumes that a loss remembers; each has a few kilobytes."""
 _FIELDS = ("_parts", "_options")  # of WeightedSum; what else is private is remembered results
 
 
@@ -411,18 +413,47 @@ class Loss:
         view = check_out(
             grad, logits, library, problem, self.options.layout
         )  # before anything is computed
-        backend = backend_of(library, logits)
-        kept = backend.keeps(problem, own, view)
-        sums = self._sums(backend, problem, families, view if kept else None)
-        dtype = problem.arrangement.real
-        result = self._evaluate(backend, sums, columns(families), grad_scale, dtype)
-        result, slopes = self._with_sorted(backend, problem, sums, result, True)
-        backend.gradient(problem, result.coefficients, view, own, slopes, kept)
+        backend, dtype = backend_of(library, logits), problem.arrangement.real
+        small = None
+        if type(grad_scale) is float:
+            small = self._small_call(backend, problem, families, own, view)
+        if small is not None:
+            sums, value = small(problem, view, grad_scale)
+            if value is None:
+                self._raise_for_invalid(problem, sums, families, view if small.kept else None)
+        else:
+            kept = backend.keeps(problem, own, view)
+            sums = self._sums(backend, problem, families, view if kept else None)
+            result = self._evaluate(backend, sums, columns(families), grad_scale, dtype)
+            result, slopes = self._with_sorted(backend, problem, sums, result, True)
+            backend.gradient(problem, result.coefficients, view, own, slopes, kept)
+            value = result.value
         library.used(problem.owners)
         if out is not None:
             library_of(out, "out").written((out,))
-        value = library.array(self._reduced(result.value), dtype, logits)
-        return value, grad, (sums, columns(families), backend)
+        answer = library.array(self._reduced(value), dtype, logits)
+        return answer, grad, (sums, columns(families), backend)
+
+    def _small_call(
+        self,
+        backend: Backend,
+        problem: Problem,
+        families: frozenset[str],
+        own: frozenset[str],
+        out: View,
+    ) -> SmallCall | None:
+        """Return what does all steps of this call at once, if there is something that does."""
+        known = self.__dict__.setdefault("_small_calls", {})
+        key = problem.arrangement, out.layout, families
+        try:
+            small: SmallCall | None = known[key]
+        except KeyError:
+            if len(known) >= MOST_SMALL_CALLS:
+                known.clear()
+            table = self._prepare(backend, columns(families), problem.shape[1])
+            small = known[key] = backend.small_call(problem, out, table, families, own)
+        same = small is not None and small.kept and out.address == problem.addresses[0]
+        return None if same else small
 
     def _with_sorted(
         self, backend: Backend, problem: Problem, sums: Any, result: Evaluation, with_slopes: bool
@@ -466,13 +497,20 @@ class Loss:
         """Read the volume; what is on the host is checked at once, elsewhere the value is NaN."""
         sums = backend.statistics(problem, families, keep)
         if type(sums) is np.ndarray and np.count_nonzero(sums[:, :, _INVALID]):
-            if keep is not None:  # what was kept is no gradient, and must not be taken for one
-                owner: Any = keep.owner
-                owner[...] = np.nan
-            rows = sums[:, :1] if problem.arrangement.indexed else sums
-            invalid, total = rows[:, :, (_INVALID, _COUNT)].sum(axis=(0, 1)).astype(int)
-            raise_for_invalid(problem, invalid, total, labels="labels" in families)
+            self._raise_for_invalid(problem, sums, families, keep)
         return sums
+
+    @staticmethod
+    def _raise_for_invalid(
+        problem: Problem, sums: NDArray[np.float64], families: frozenset[str], keep: View | None
+    ) -> None:
+        """Raise for what sums on the host count as invalid; ``keep``: where something was kept."""
+        if keep is not None:  # what was kept is no gradient, and must not be taken for one
+            owner: Any = keep.owner
+            owner[...] = np.nan
+        rows = sums[:, :1] if problem.arrangement.indexed else sums
+        invalid, total = rows[:, :, (_INVALID, _COUNT)].sum(axis=(0, 1)).astype(int)
+        raise_for_invalid(problem, invalid, total, labels="labels" in families)
 
     def _value_of(self, s: Statistics, dtype: str) -> Any:
         """Return the value where statistics are; ``dtype`` is for those on a GPU alone."""
@@ -495,6 +533,16 @@ class Loss:
         by_term: bool = False,
     ) -> Evaluation:
         samples, classes = sums.shape[:2]
+        table, scale = self._prepare(backend, names, classes), grad_scale
+        if type(scale) is not float:
+            scale = self._scale(backend, grad_scale, (samples, classes))
+        result = backend.evaluate(table, sums, scale, dtype, by_term)
+        if type(scale) is View:
+            library_of(scale.owner, "grad_scale").used((scale.owner,))
+        return result
+
+    def _prepare(self, backend: Backend, names: tuple[str, ...], classes: int) -> Any:
+        """Return the table of terms for sums of these columns, made once."""
         prepared = self.__dict__.setdefault("_prepared", {})
         table = prepared.get((names, classes, backend))
         if table is None:
@@ -502,13 +550,7 @@ class Loss:
             reduction = REDUCTIONS.index(self.options.reduction)
             table = backend.prepare(*self._table(classes, names), picks(names), reduction)
             prepared[names, classes, backend] = table
-        scale = grad_scale
-        if type(scale) is not float:
-            scale = self._scale(backend, grad_scale, (samples, classes))
-        result = backend.evaluate(table, sums, scale, dtype, by_term)
-        if type(scale) is View:
-            library_of(scale.owner, "grad_scale").used((scale.owner,))
-        return result
+        return table
 
     def _scale(
         self, backend: Backend, grad_scale: Any, rows: tuple[int, int]

@@ -22,9 +22,10 @@ from fastseg.optimizers import Adam, GradientDescent, Momentum
 def compile_ahead(progress: Callable[[str, int, int], None] | None = None) -> float:
     """Compile, or find in the cache, the kernels of the usual cases.
 
-    Those are float32 logits (float16 and bfloat16 run the same machine code) with labels as targets
-    and the families of sums of `BCE`, the region terms and the hard scores; soft targets; arrays
-    that cannot be read in place; `sigmoid`; label volumes; the optimisers.
+    Those are float32 and float16 logits with labels of one byte or 64 bits and the families of sums
+    of `BCE`, the region terms and the hard scores; soft targets; arrays that cannot be read in
+    place; `sigmoid`; label volumes; the optimisers. What another dtype needs besides, its
+    conversion, takes a fraction of a second.
 
     Parameters
     ----------
@@ -74,7 +75,7 @@ def announced_compilation(say: Callable[[str], None]) -> Iterator[None]:
 
 
 def _cases() -> list[tuple[str, Callable[[], Any]]]:
-    """Return the name and the call of each case, on two voxels or one parameter."""
+    """Return the name and the call of each case, on few voxels or one parameter."""
     logits = np.zeros((1, 1, 2), np.float32)
     labels = np.zeros((1, 1, 2), np.uint8)
     soft = np.full((1, 1, 2), 0.5, np.float32)
@@ -84,11 +85,16 @@ def _cases() -> list[tuple[str, Callable[[], Any]]]:
     own = np.zeros((1, 1, 2), np.float32)
     classes, indices = np.zeros((1, 2, 2), np.float32), np.zeros((1, 2), np.uint8)
     softmax = fs.CrossEntropy() + region
+    half, wide = logits.astype(np.float16), labels.astype(np.int64)
+    large = np.zeros((1, 1, 2**15), np.float32)  # which threads share
 
     return [
         ("threads", lambda: cpu().describe()),
         ("statistics of BCE + region terms", lambda: both(logits, labels)),
         ("gradient", lambda: both.value_and_grad(logits, labels)),
+        ("many voxels", lambda: both.value_and_grad(large, large.astype(np.uint8))),
+        ("float16", lambda: both.value_and_grad(half, labels)),
+        ("labels of 64 bits", lambda: both.value_and_grad(logits, wide)),
         ("statistics of region terms", lambda: region(logits, labels)),
         ("statistics of BCE", lambda: bce(logits, labels)),
         ("statistics with hard scores", lambda: both.evaluate(logits, labels, track=("hard",))),
@@ -98,6 +104,7 @@ def _cases() -> list[tuple[str, Callable[[], Any]]]:
         ("soft targets", lambda: both.value_and_grad(logits, soft)),
         ("soft targets, masked", lambda: both.value_and_grad(logits, soft, mask=mask)),
         ("softmax over classes", lambda: softmax.value_and_grad(classes, indices)),
+        ("indices of 64 bits", lambda: softmax.value_and_grad(classes, wide[:, 0])),
         ("cross-entropy", lambda: fs.CrossEntropy()(classes, indices)),
         ("softmax with hard scores", lambda: softmax.statistics(classes, indices, track=("hard",))),
         ("sigmoid", lambda: fs.sigmoid(logits)),

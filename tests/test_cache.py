@@ -131,7 +131,7 @@ def test_second_process_compiles_nothing(warm):
 
 def test_second_process_compiles_nothing_of_a_loss(tmp_path):
     first = run(LOSS, tmp_path)
-    assert len(first.compiled) == 5  # two each of statistics and gradient, and the evaluation
+    assert len(first.compiled) == 6  # two of either pass, the evaluation, what calls all of them
     assert run(LOSS, tmp_path) == Run(first.result, [])
 
 

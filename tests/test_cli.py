@@ -151,7 +151,20 @@ def test_warmup_fills_a_fresh_cache(tmp_path: Path) -> None:
     files = {path.name for path in cache.iterdir()}
     assert f"{len(files)} kernels compiled" in first.stdout
     assert str(cache) in first.stdout.replace("\n", "")
-    kinds = ("driver", "evaluate", "gradient", "statistics", "load", "store", "sigmoid", "adam")
+    kinds = (
+        "driver",
+        "evaluate",
+        "gradient",
+        "statistics",
+        "sums",
+        "slopes",
+        "load",
+        "store",
+        "codes",
+        "widen",
+        "sigmoid",
+        "adam",
+    )
     assert all(any(name.startswith(kind) for name in files) for kind in kinds)
     second = python(program, FASTSEG_CACHE_DIR=str(cache))
     assert "0 kernels compiled" in second.stdout

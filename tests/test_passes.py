@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_which_gradients_need_only_what_is_kept(name):
 
 
 def test_when_something_is_kept(monkeypatch):
-    logits, targets = volume(500, "float32")
+    logits, targets = volume(4000, "float32")
     loss, asked, gradient = LOSSES["bce and jaccard"], [], passes.gradient
     monkeypatch.setattr(
         fs.dispatch.cpu(), "gradient", lambda *a: (asked.append(a[-1]), gradient(*a))
@@ -83,6 +84,39 @@ def test_out_is_no_gradient_when_targets_are_invalid():
     with pytest.raises(ValueError, match="targets must be"):
         loss.value_and_grad(logits, targets.view(np.uint8) * 255, out=half)
     assert np.all(half == 7.0)
+
+
+def test_threads_share_what_is_known_of_a_small_call():
+    loss, rng = LOSSES["bce and jaccard"], np.random.default_rng(0)
+    logits = rng.normal(0, 3, (64, 1, 2, 300)).astype(np.float32)
+    targets = rng.random(logits.shape) < 0.5
+    expected = [loss.statistics(x, y) for x, y in zip(logits, targets, strict=True)]
+
+    def work(first: int) -> None:
+        for k in [*range(first, 64), *range(first)] * 5:
+            value, grad, s = loss.evaluate(logits[k], targets[k])
+            np.testing.assert_array_equal(s.array, expected[k].array)
+            assert value == np.float32(loss.value(s))
+            np.testing.assert_array_equal(grad, loss.gradient(logits[k], targets[k], s))
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(work, 16 * k) for k in range(4)]:
+            done.result()
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_a_small_call_is_the_steps_of_a_large_one(reduction):
+    """A scale that is an array, of the value 1, takes the steps one by one."""
+    for loss in (LOSSES["smoothed"], LOSSES["tversky"], fs.CrossEntropy() + fs.SoftDice()):
+        chosen = loss.replace(reduction=reduction)
+        logits, targets = volume(700, "float32")
+        if isinstance(loss.parts[0][1], fs.CrossEntropy):
+            targets = targets[:, 0].astype(np.int64)
+        scale = np.ones(logits.shape[:2] if reduction == "none" else ())
+        one_by_one = chosen.value_and_grad(logits, targets, grad_scale=scale.astype(np.float64))
+        at_once = chosen.value_and_grad(logits, targets)
+        np.testing.assert_array_equal(at_once[0], one_by_one[0])
+        np.testing.assert_array_equal(at_once[1], one_by_one[1])
 
 
 def test_a_nan_stays_where_it_is():

@@ -16,6 +16,7 @@ from fastseg_kernels.cpu.memory import (
     to_host,
 )
 from fastseg_kernels.cpu.passes import gradient, keeps, sorted_slopes, statistics
+from fastseg_kernels.cpu.small_calls import small_call
 from fastseg_kernels.cpu.threads import (
     are_threads_chosen,
     describe,
@@ -43,6 +44,7 @@ __all__ = [
     "prepare",
     "set_num_threads",
     "sigmoid",
+    "small_call",
     "sorted_slopes",
     "state_like",
     "statistics",

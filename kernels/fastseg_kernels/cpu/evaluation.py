@@ -7,11 +7,12 @@ costs the same few microseconds whatever the size of the volume.
 from __future__ import annotations
 
 import math
+from ctypes import addressof, c_char
 from functools import cache, lru_cache
+from struct import Struct
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import float64, int64, types
 from numpy.typing import NDArray
 
 from fastseg_kernels.constants import (
@@ -28,8 +29,9 @@ from fastseg_kernels.constants import (
     TERM_FIELDS,
     more_coefficients,
 )
-from fastseg_kernels.cpu.compiled import function, jit
-from fastseg_kernels.cpu.intrinsics import stack_array
+from fastseg_kernels.cpu.compiled import Kernel, function
+from fastseg_kernels.cpu.intrinsics import carray, pointer_to, stack_array
+from fastseg_kernels.cpu.memory import own_address
 from fastseg_kernels.problem import Evaluation
 
 _AT = {name: index for index, name in enumerate(TERM_FIELDS)}
@@ -411,14 +413,43 @@ def add_ce(term, sums, columns, class_weights, reduction, scale, values, coeffic
     return total
 
 
-@cache
-def _compiled() -> Any:
-    matrix, cube = float64[:, ::1], float64[:, :, ::1]
-    stored = types.Array(float64, 3, "C", readonly=True)
-    signature = types.void(matrix, matrix, stored, int64[::1], int64, matrix, matrix, cube, cube)
+EVALUATION = np.dtype(
+    [
+        ("terms", np.int64),  # address of float64 (number of terms, TERM_FIELDS)
+        ("number", np.int64),
+        ("class_weights", np.int64),  # address of float64 (number of terms, classes)
+        ("picked", np.int64),  # address of int64 (PICKED): their columns
+        ("reduction", np.int64),
+        ("width", np.int64),  # coefficients of a row
+        ("samples", np.int64),
+        ("classes", np.int64),
+        ("columns", np.int64),
+        ("sums", np.int64),  # address of float64 (samples, classes, columns)
+        ("scale", np.int64),  # address of float64 (samples, classes)
+        # Address of float64 (samples, classes), or (1, 1), then as many for each term, then
+        # (samples, classes, width): the value, those of the terms, the coefficients.
+        ("results", np.int64),
+    ]
+)
+"""What `evaluation_kernel` is told."""
+_PACK = Struct(f"{len(EVALUATION.names or ())}q")
 
-    @jit("evaluate", signature)
-    def evaluate(terms, weights, sums, columns, reduction, scale, value, by_term, out):  # type: ignore[no-untyped-def]
+
+@cache
+def evaluation_kernel() -> Kernel:
+    """Compile ``evaluate(record, unused, unused)`` of an `EVALUATION`."""
+    fields = len(TERM_FIELDS)
+
+    @function
+    def matrix(address, rows, columns):  # type: ignore[no-untyped-def]
+        return carray(pointer_to(address, np.float64), (rows, columns))
+
+    @function
+    def cube(address, rows, lines, columns):  # type: ignore[no-untyped-def]
+        return carray(pointer_to(address, np.float64), (rows, lines, columns))
+
+    @function
+    def evaluate_terms(terms, weights, sums, columns, reduction, scale, value, by_term, out):  # type: ignore[no-untyped-def]
         value[:], by_term[:], out[:] = 0.0, 0.0, 0.0
         for k in range(terms.shape[0]):
             term, values = terms[k], by_term[k]
@@ -437,17 +468,47 @@ def _compiled() -> Any:
                 for c in range(value.shape[1]):
                     value[n, c] += term[WEIGHT] * values[n, c]
 
-    return evaluate
+    def evaluate_record(address, first, last):  # type: ignore[no-untyped-def]
+        own = carray(pointer_to(address, EVALUATION), 1)[0]
+        samples, classes = own.samples, own.classes
+        rows, lines = (samples, classes) if own.reduction == NONE else (1, 1)
+        of_terms = own.results + 8 * rows * lines
+        of_coefficients = of_terms + 8 * rows * lines * own.number
+        evaluate_terms(
+            matrix(own.terms, own.number, fields),
+            matrix(own.class_weights, own.number, classes),
+            cube(own.sums, samples, classes, own.columns),
+            carray(pointer_to(own.picked, np.int64), (SUMS,)),
+            own.reduction,
+            matrix(own.scale, samples, classes),
+            matrix(own.results, rows, lines),
+            cube(of_terms, own.number, rows, lines),
+            cube(of_coefficients, samples, classes, own.width),
+        )
+
+    return Kernel(evaluate_record, "evaluate")
 
 
 class Table(NamedTuple):
     """A table of terms, as the kernel takes it."""
 
-    terms: NDArray[np.float64]
-    class_weights: NDArray[np.float64]
-    columns: NDArray[np.int64]
-    reduction: int
-    coefficients: int  # of a row
+    told: tuple[int, ...]  # the first fields of an `EVALUATION`
+    per_row: bool  # there is a value for every row
+    owners: tuple[NDArray[Any], ...]  # keep the memory alive
+
+    @property
+    def number(self) -> int:
+        """Return the number of terms."""
+        return self.told[1]
+
+    @property
+    def width(self) -> int:
+        """Return the coefficients of a row."""
+        return self.told[5]
+
+    def record(self, shape: tuple[int, ...], *addresses: int) -> bytes:
+        """Return the `EVALUATION` of sums (N, C, K); ``addresses``: from the sums' on."""
+        return _PACK.pack(*self.told, *shape, *addresses)
 
 
 def prepare(
@@ -469,8 +530,11 @@ def prepare(
     reduction
         Index into `constants.REDUCTIONS`.
     """
+    owners = tuple(map(np.ascontiguousarray, (terms, class_weights, columns)))
+    of_terms, of_weights, of_columns = (own_address(array) for array in owners)
     width = COEFFICIENTS + more_coefficients(terms)
-    return Table(terms, class_weights, columns, reduction, width)
+    told = (of_terms, len(terms), of_weights, of_columns, reduction, width)
+    return Table(told, reduction == NONE, owners)
 
 
 def evaluate(
@@ -493,18 +557,29 @@ def evaluate(
     dtype, by_term
         Not used here: the value is float64, and its caller rounds it; the terms are always there.
     """
-    terms, class_weights, columns, reduction, width = table
-    samples, classes = sums.shape[:2]
-    shape = (samples, classes) if reduction == NONE else (1, 1)
-    result = Evaluation(
-        np.empty(shape), np.empty((len(terms), *shape)), np.empty((samples, classes, width))
+    rows = sums.shape[:2]
+    shape = rows if table.per_row else (1, 1)
+    values = shape[0] * shape[1]
+    of_coefficients = values * (1 + table.number)
+    results = np.empty(of_coefficients + rows[0] * rows[1] * table.width)
+    if isinstance(scale, float):
+        held, of_scale = _constant(rows, scale)
+    else:
+        held, of_scale = scale, own_address(scale)
+    sums = np.ascontiguousarray(sums)
+    record = table.record(sums.shape, own_address(sums), of_scale, own_address(results))
+    memory = c_char.from_buffer(bytearray(record))
+    evaluation_kernel().call(addressof(memory), 0, 0)
+    del held
+    return Evaluation(
+        np.ndarray(shape, np.float64, results),
+        np.ndarray((table.number, *shape), np.float64, results, 8 * values),
+        np.ndarray((*rows, table.width), np.float64, results, 8 * of_coefficients),
     )
-    scales = _constant((samples, classes), scale) if isinstance(scale, float) else scale
-    _compiled()(terms, class_weights, sums, columns, reduction, scales, *result)
-    return result
 
 
 @lru_cache(maxsize=64)
-def _constant(rows: tuple[int, int], value: float) -> NDArray[np.float64]:
-    """Return the factor of every row, shared by all calls: nobody writes to it."""
-    return np.full(rows, value)
+def _constant(rows: tuple[int, ...], value: float) -> tuple[NDArray[np.float64], int]:
+    """Return the factor of every row, and its address; shared by all calls, and never written."""
+    factors = np.full(rows, value)
+    return factors, own_address(factors)

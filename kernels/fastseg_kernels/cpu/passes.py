@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ctypes import addressof, c_char
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
@@ -33,6 +32,7 @@ from fastseg_kernels.cpu.histograms import (
 )
 from fastseg_kernels.cpu.jobs import JOB
 from fastseg_kernels.cpu.label_codes import codes_kernel
+from fastseg_kernels.cpu.memory import own_address
 from fastseg_kernels.cpu.operands import fill_operand
 from fastseg_kernels.cpu.overlap import block_length
 from fastseg_kernels.cpu.points import HAS_MASKS, Variant
@@ -43,7 +43,7 @@ from fastseg_kernels.problem import Arrangement, Evaluation, Problem
 from fastseg_kernels.views import Geometry, Layout, View, in_order_of, merge_layouts
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """A kernel, and the job that it is called for: what depends on arrangement and families."""
 
     kernel: Kernel
@@ -55,7 +55,7 @@ class _Call(NamedTuple):
     bins: int = 0  # of the histogram whose slopes a gradient looks up
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """What of a call depends on its arrangement alone."""
 
     job: NDArray[Any]  # one record, all but addresses, values and what families need filled in
@@ -65,8 +65,8 @@ class _Plan(NamedTuple):
     blocks: int  # of a row
     task_rows: int  # rows that a task reads
     share: bool  # large enough for more than one thread
-    statistics: dict[frozenset[str], _Call]  # by the families that are added up
-    gradients: dict[tuple[frozenset[str], bool], _Call]  # by the loss's families, and by `keeps`
+    statistics: dict[frozenset[str], Call]  # by the families that are added up
+    gradients: dict[tuple[frozenset[str], bool], Call]  # by the loss's families, and by `keeps`
     keeps: bool = False  # arrays are such that statistics may keep something for the gradient
 
 
@@ -114,7 +114,8 @@ def fill_geometry(record: Any, layouts: dict[str, Layout]) -> Geometry:
 
 
 @lru_cache(maxsize=1024)
-def _plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
+def plan_of(arrangement: Arrangement, out: Layout | None) -> Plan:
+    """Return what calls that are arranged alike share."""
     if arrangement.activation == "softmax":
         return _softmax_plan(arrangement, out)
     logits, targets, shape = arrangement.logits, arrangement.targets, arrangement.shape
@@ -180,7 +181,7 @@ def _plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
     small = prod(shape) * ITEM_SIZES[real] <= MOST_KEPT
     lies_right = bool(record["direct"] and record["in_place"])
     keeps = small and lies_right and variant.of_binary_logits
-    return _Plan(job, overlap, variant, tasks, blocks, task_rows, share, {}, {}, keeps)
+    return Plan(job, overlap, variant, tasks, blocks, task_rows, share, {}, {}, keeps)
 
 
 def _fill_conversions(record: Any, arrangement: Arrangement) -> None:
@@ -192,7 +193,7 @@ def _fill_conversions(record: Any, arrangement: Arrangement) -> None:
         record["weights"]["convert"] = widening(weights.dtype, real)
 
 
-def _softmax_plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
+def _softmax_plan(arrangement: Arrangement, out: Layout | None) -> Plan:
     """Return the plan where a task is a block of voxels with all of its classes."""
     logits, targets, shape = arrangement.logits, arrangement.targets, arrangement.shape
     real = arrangement.real
@@ -231,10 +232,10 @@ def _softmax_plan(arrangement: Arrangement, out: Layout | None) -> _Plan:
     weighted = "weighted_" if arrangement.weights is not None else ""
     variant = Variant(real, weighted + kind, "softmax")
     tasks, share = shape[0] * blocks, prod(shape) >= SHARED_FROM
-    return _Plan(job, softmax, variant, tasks, blocks, shape[1], share, {}, {})
+    return Plan(job, softmax, variant, tasks, blocks, shape[1], share, {}, {})
 
 
-def _take_job(call: _Call, addresses: tuple[int, ...]) -> tuple[NDArray[np.int64], int]:
+def _take_job(call: Call, addresses: tuple[int, ...]) -> tuple[NDArray[np.int64], int]:
     """Return a job of the call and its address, with the operands' addresses filled in.
 
     The caller gives it back to ``call.free``. Making one takes a microsecond, as much as a small
@@ -244,15 +245,10 @@ def _take_job(call: _Call, addresses: tuple[int, ...]) -> tuple[NDArray[np.int64
         words, address = call.free.pop()
     except IndexError:
         words = call.words.copy()
-        address = _address(words)
+        address = own_address(words)
     for word, operand in zip(ADDRESSES, addresses, strict=False):
         words[word] = operand
     return words, address
-
-
-def _address(array: Any) -> int:
-    """Return where a contiguous array of our own lies, in a quarter of ``ctypes.data``'s time."""
-    return array.ctypes.data if array.size == 0 else addressof(c_char.from_buffer(array))
 
 
 @lru_cache(maxsize=1024)
@@ -266,22 +262,22 @@ def keeps(problem: Problem, families: frozenset[str], out: View) -> bool:
 
     ``families``: the loss's. It is worth it while ``out`` lies in the caches afterwards.
     """
-    plan = _plan(problem.arrangement, out.layout)
+    plan = plan_of(problem.arrangement, out.layout)
     if not plan.keeps or out.address == problem.addresses[0]:
         return False
     return _slopes_of_kept(families)
 
 
-def _statistics_call(
-    arrangement: Arrangement, plan: _Plan, families: frozenset[str], keeping: bool
-) -> _Call:
+def call_of_statistics(
+    arrangement: Arrangement, plan: Plan, families: frozenset[str], keeping: bool
+) -> Call:
     """Return the call that adds up the sums of ``families``."""
     variant, job = plan.variant, plan.job.copy()
     job["gamma"] = gamma_of(families)
     prepare_counts(job[0], (variant.real, variant.activation, variant.targets), families)
     width = len(columns(families, counts=False))
     kernel = plan.module.statistics_kernel(job[0], variant.adding(families)._replace(kept=keeping))
-    return _Call(
+    return Call(
         kernel,
         job.view(np.int64),
         [],
@@ -291,7 +287,7 @@ def _statistics_call(
     )
 
 
-def _gradient_call(plan: _Plan, families: frozenset[str], kept: bool) -> _Call:
+def call_of_gradient(plan: Plan, families: frozenset[str], kept: bool) -> Call:
     """Return the call that writes the gradient of a loss made of ``families``."""
     variant, job = plan.variant, plan.job.copy()
     histogram = lovasz_histogram(families)
@@ -299,7 +295,7 @@ def _gradient_call(plan: _Plan, families: frozenset[str], kept: bool) -> _Call:
         prepare_look_up(job[0], (variant.real, variant.activation, variant.targets), histogram)
     job["coefficient_width"] = coefficient_width(families)
     kernel = plan.module.gradient_kernel(job[0], variant.sloping(families)._replace(kept=kept))
-    return _Call(kernel, job.view(np.int64), [], bins=histogram.bins if histogram else 0)
+    return Call(kernel, job.view(np.int64), [], bins=histogram.bins if histogram else 0)
 
 
 def statistics(
@@ -311,21 +307,21 @@ def statistics(
     the `gradient` that follows with ``kept=True``, where `keeps` allows it.
     """
     arrangement = problem.arrangement
-    plan = _plan(arrangement, None if keep is None else keep.layout)
+    plan = plan_of(arrangement, None if keep is None else keep.layout)
     call = plan.statistics.get(families)
     if call is None:
-        made = _statistics_call(arrangement, plan, families, keep is not None)
+        made = call_of_statistics(arrangement, plan, families, keep is not None)
         call = plan.statistics[families] = made
     job = _take_job(call, problem.addresses if keep is None else (*problem.addresses, keep.address))
     words, address = job
     partial = np.empty(call.shape)
-    words[SUMS] = _address(partial)
+    words[SUMS] = own_address(partial)
     counts = own = parts = None
     if call.counted:
         counts = np.zeros((*call.shape[:2], call.counted), np.int64)
         parts = threads.parts_of(plan.tasks, plan.share)
         own = np.zeros((parts, plan.task_rows, call.row_words), np.int64)
-        words[COUNTS], words[WORDS], words[PARTS] = _address(counts), _address(own), 0
+        words[COUNTS], words[WORDS], words[PARTS] = own_address(counts), own_address(own), 0
     memory = (job, partial, counts, own, problem)
     threads.run(call.kernel, address, plan.tasks, plan.share, memory, parts)
     call.free.append(job)
@@ -348,16 +344,16 @@ def gradient(
     ``slopes`` are those of a Lovasz term that sorts, as `sorted_slopes` makes them. ``kept``: the
     statistics were taken with ``keep=out``, and ``out`` is read in place of the logits.
     """
-    plan = _plan(problem.arrangement, out.layout)
+    plan = plan_of(problem.arrangement, out.layout)
     call = plan.gradients.get((families, kept))
     if call is None:
-        call = plan.gradients[families, kept] = _gradient_call(plan, families, kept)
+        call = plan.gradients[families, kept] = call_of_gradient(plan, families, kept)
     job = _take_job(call, (*problem.addresses, out.address))
     words, address = job
-    words[COEFFICIENT_TABLE] = _address(coefficients)
+    words[COEFFICIENT_TABLE] = own_address(coefficients)
     signed = signed_slopes(coefficients, call.bins, plan.variant.real) if call.bins else None
-    words[SIGNED] = 0 if signed is None else _address(signed)
-    words[SLOPES] = 0 if slopes is None else _address(slopes)
+    words[SIGNED] = 0 if signed is None else own_address(signed)
+    words[SLOPES] = 0 if slopes is None else own_address(slopes)
     same = out.address == problem.addresses[0] and words[IN_PLACE] != 0
     over_itself = same and plan.module is overlap
     if over_itself:  # LLVM's check for overlap would send the loop down its scalar path
@@ -403,15 +399,15 @@ def sorted_slopes(
     real = np.dtype(arrangement.real)
     errors = np.empty((samples, classes, prod(spatial)), real)
     layout = in_order_of(arrangement.logits, arrangement.real, real.itemsize)
-    plan = _plan(arrangement, layout)
+    plan = plan_of(arrangement, layout)
     job = plan.job.copy()
     kernel = plan.module.errors_kernel(job[0], plan.variant)
     words = job.view(np.int64)
-    for word, address in zip(ADDRESSES, (*problem.addresses, _address(errors)), strict=True):
+    for word, address in zip(ADDRESSES, (*problem.addresses, own_address(errors)), strict=True):
         words[word] = address
     nothing = np.zeros(COEFFICIENTS)  # for every row: their width is 0 in this job
-    words[COEFFICIENT_TABLE] = _address(nothing)
-    threads.run(kernel, _address(words), plan.tasks, plan.share, (job, nothing, errors, problem))
+    words[COEFFICIENT_TABLE] = own_address(nothing)
+    threads.run(kernel, own_address(words), plan.tasks, plan.share, (job, nothing, errors, problem))
     coefficients = result.coefficients
     factors = np.ascontiguousarray(coefficients[:, :, COEFFICIENTS + 1]) if with_slopes else None
     foreground = np.ascontiguousarray(sums[:, :, BASE_COLUMNS.index("targets_sum")])

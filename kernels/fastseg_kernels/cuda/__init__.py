@@ -19,6 +19,7 @@ class Backend(Device):
     """The verbs on one device: functions whose first argument is the device are its methods."""
 
     keeps = overlap.keeps
+    small_call = overlap.small_call
     statistics = overlap.statistics
     gradient = overlap.gradient
     prepare = evaluation.prepare

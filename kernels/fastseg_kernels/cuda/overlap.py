@@ -95,6 +95,10 @@ def keeps(device: Device, problem: Problem, families: frozenset[str], out: View)
     return False
 
 
+def small_call(device: Device, *arguments: Any) -> None:
+    """Return None: a graph does for a GPU what one call for all steps does for a CPU."""
+
+
 def statistics(
     device: Device, problem: Problem, families: frozenset[str], keep: View | None = None
 ) -> Any:
