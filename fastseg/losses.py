@@ -444,7 +444,7 @@ class Loss:
     ) -> SmallCall | None:
         """Return what does all steps of this call at once, if there is something that does."""
         known = self.__dict__.setdefault("_small_calls", {})
-        key = problem.arrangement, out.layout, families
+        key = backend, problem.arrangement, out.layout, families
         try:
             small: SmallCall | None = known[key]
         except KeyError:

@@ -91,6 +91,20 @@ def test_statistics_travel():
         close(got, expected, 1e-6)
 
 
+def test_what_is_known_of_a_small_call_is_its_backends():
+    """Layouts of a device and of the host are alike, and their addresses are not."""
+    logits, targets = cases.make((1, 2, 30))
+    x, t = on_device(logits, targets)
+    loss = fs.BCE() + fs.SoftDice()
+    host_value, host_grad = loss.value_and_grad(logits, targets)
+    (known,) = loss.__dict__["_small_calls"].values()
+    assert known is not None
+    value, grad = loss.value_and_grad(x, t)
+    assert [each is None for each in loss.__dict__["_small_calls"].values()] == [False, True]
+    close(value, host_value, 1e-6)
+    close(grad, host_grad)
+
+
 def test_invalid_targets_are_nan_until_somebody_asks():
     logits, targets = cases.make(SHAPE)
     targets[1, 2, 3, 4, 5] = 7

@@ -101,7 +101,8 @@ class SmallCall:
     ) -> None:
         plan = plan_of(problem.arrangement, out.layout)
         self.kept = keeps(problem, own, out)
-        self._statistics = call_of_statistics(problem.arrangement, plan, families, self.kept)
+        first = plan if self.kept else plan_of(problem.arrangement, None)
+        self._statistics = call_of_statistics(problem.arrangement, first, families, self.kept)
         self._gradient = call_of_gradient(plan, own, self.kept)
         self._table, self._tasks = table, plan.tasks
         self._shape = (*problem.shape[:2], len(columns(families)))
