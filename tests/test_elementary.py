@@ -21,7 +21,7 @@ from numba import njit
 from numba.core.errors import TypingError
 
 import fastseg as fs
-from fastseg_kernels.cpu.conversions import round_kernel, widen_kernel
+from fastseg_kernels.cpu.conversions import convert_kernel
 from fastseg_kernels.cpu.elementary import (
     FLOAT32,
     FLOAT64,
@@ -394,14 +394,14 @@ def test_point_keeps_nan_and_is_zero_where_the_network_is_sure_and_right(quantit
 
 def widened(values: np.ndarray, real: Any) -> np.ndarray:
     out = np.empty(values.shape, real.scalar)
-    convert = widen_kernel(values.dtype.name, out.dtype.name)
+    convert = convert_kernel(values.dtype.name, out.dtype.name)
     convert.call(values.ctypes.data, values.size, out.ctypes.data)
     return out
 
 
 def narrowed(values: np.ndarray, dtype: Any) -> np.ndarray:
     out = np.empty(values.shape, dtype)
-    convert = round_kernel("float32", out.dtype.name)
+    convert = convert_kernel("float32", out.dtype.name)
     convert.call(values.ctypes.data, values.size, out.ctypes.data)
     return out
 

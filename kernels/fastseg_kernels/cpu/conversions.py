@@ -11,14 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from fastseg_kernels.cpu.compiled import Kernel, function
-from fastseg_kernels.cpu.elementary import REALS
-from fastseg_kernels.cpu.halves import (
-    bfloat16_to_float,
-    float_to_bfloat16,
-    float_to_half,
-    half_to_float,
-)
+from fastseg_kernels.cpu.compiled import Kernel, function, inlined
+from fastseg_kernels.cpu.halves import NARROW, WIDEN
 from fastseg_kernels.cpu.intrinsics import pointer_to, wide_vectors
 
 # Codes of a staged binary target beside 0 and 1.
@@ -34,69 +28,41 @@ def stored_type(dtype: str) -> Any:
     return _STORED.get(dtype, getattr(np, dtype, None))
 
 
-def make_widen(dtype: str, target: Any) -> Any:
-    """Return ``widen(source, count, destination)``, between two addresses."""
-    Source = stored_type(dtype)
-    half, brain = dtype == "float16", dtype == "bfloat16"
+def make_convert(source: str, target: str) -> Any:
+    """Return ``convert(address, count, destination)``: what is not exact is rounded once."""
+    Source, Target = stored_type(source), stored_type(target)
+    Number = np.float32 if target in NARROW else Target  # what is written, or made bits of
+
+    @inlined
+    def unchanged(x):  # type: ignore[no-untyped-def]
+        return x
+
+    read, write = WIDEN.get(source, unchanged), NARROW.get(target, unchanged)
 
     @function
-    def widen(source, count, destination):  # type: ignore[no-untyped-def]
+    def convert(address, count, destination):  # type: ignore[no-untyped-def]
         wide_vectors()
-        data, out = pointer_to(source, Source), pointer_to(destination, target)
+        data, out = pointer_to(address, Source), pointer_to(destination, Target)
         for i in range(count):
-            if half:
-                out[i] = target(half_to_float(data[i]))
-            elif brain:
-                out[i] = target(bfloat16_to_float(data[i]))
-            else:
-                out[i] = target(data[i])
+            out[i] = write(Number(read(data[i])))
 
-    return widen
+    return convert
 
 
 @cache
-def widen_kernel(dtype: str, real: str) -> Kernel:
-    """Compile ``widen(source, count, destination)``: any dtype to float32 or float64."""
-    widen_run = make_widen(dtype, REALS[real].scalar)
+def convert_kernel(source: str, target: str) -> Kernel:
+    """Compile ``convert(address, count, destination)`` from one dtype to another."""
+    run = make_convert(source, target)
 
-    def widen(source, count, destination):  # type: ignore[no-untyped-def]
-        widen_run(source, count, destination)
+    def convert(address, count, destination):  # type: ignore[no-untyped-def]
+        run(address, count, destination)
 
-    return Kernel(widen, f"widen-{dtype}-{real}")
-
-
-@cache
-def round_kernel(real: str, dtype: str) -> Kernel:
-    """Compile ``rounded(source, count, destination)``: round once to a floating-point dtype."""
-    T, Target = REALS[real].scalar, stored_type(dtype)
-    half, brain = dtype == "float16", dtype == "bfloat16"
-
-    @function
-    def round_run(source, count, destination):  # type: ignore[no-untyped-def]
-        wide_vectors()
-        values, out = pointer_to(source, T), pointer_to(destination, Target)
-        for i in range(count):
-            if half:
-                out[i] = float_to_half(np.float32(values[i]))
-            elif brain:
-                out[i] = float_to_bfloat16(np.float32(values[i]))
-            else:
-                out[i] = Target(values[i])
-
-    def rounded(source, count, destination):  # type: ignore[no-untyped-def]
-        round_run(source, count, destination)
-
-    return Kernel(rounded, f"round-{real}-{dtype}")
+    return Kernel(convert, f"convert-{source}-{target}")
 
 
-def widening(dtype: str, real: str) -> int:
-    """Return `operands.OPERAND`'s ``convert`` of what is read as reals."""
-    return 0 if dtype == real else widen_kernel(dtype, real).address
-
-
-def rounding(real: str, dtype: str) -> int:
-    """Return `operands.OPERAND`'s ``convert`` of what reals are written to."""
-    return 0 if dtype == real else round_kernel(real, dtype).address
+def conversion(source: str, target: str) -> int:
+    """Return an `operands.OPERAND`'s ``convert``, from what is stored to what is wanted."""
+    return 0 if source == target else convert_kernel(source, target).address
 
 
 @cache
@@ -107,7 +73,7 @@ def label_kernel(dtype: str) -> Kernel:
     `NO_LABEL`.
     """
     is_float = "float" in dtype
-    widen = make_widen(dtype, np.float64 if is_float else np.int64)
+    widen = make_convert(dtype, "float64" if is_float else "int64")
 
     @function
     def whole_numbers(address, count):  # type: ignore[no-untyped-def]

@@ -492,23 +492,23 @@ def evaluation_kernel() -> Kernel:
 class Table(NamedTuple):
     """A table of terms, as the kernel takes it."""
 
-    told: tuple[int, ...]  # the first fields of an `EVALUATION`
-    per_row: bool  # there is a value for every row
+    # The first fields of an `EVALUATION`, in their order
+    terms: int
+    number: int
+    class_weights: int
+    picked: int
+    reduction: int
+    width: int
     owners: tuple[NDArray[Any], ...]  # keep the memory alive
 
     @property
-    def number(self) -> int:
-        """Return the number of terms."""
-        return self.told[1]
-
-    @property
-    def width(self) -> int:
-        """Return the coefficients of a row."""
-        return self.told[5]
+    def per_row(self) -> bool:
+        """Tell whether there is a value for every row."""
+        return self.reduction == NONE
 
     def record(self, shape: tuple[int, ...], *addresses: int) -> bytes:
         """Return the `EVALUATION` of sums (N, C, K); ``addresses``: from the sums' on."""
-        return _PACK.pack(*self.told, *shape, *addresses)
+        return _PACK.pack(*self[:-1], *shape, *addresses)
 
 
 def prepare(
@@ -533,8 +533,7 @@ def prepare(
     owners = tuple(map(np.ascontiguousarray, (terms, class_weights, columns)))
     of_terms, of_weights, of_columns = (own_address(array) for array in owners)
     width = COEFFICIENTS + more_coefficients(terms)
-    told = (of_terms, len(terms), of_weights, of_columns, reduction, width)
-    return Table(told, reduction == NONE, owners)
+    return Table(of_terms, len(terms), of_weights, of_columns, reduction, width, owners)
 
 
 def evaluate(
@@ -562,15 +561,15 @@ def evaluate(
     values = shape[0] * shape[1]
     of_coefficients = values * (1 + table.number)
     results = np.empty(of_coefficients + rows[0] * rows[1] * table.width)
-    if isinstance(scale, float):
-        held, of_scale = _constant(rows, scale)
-    else:
-        held, of_scale = scale, own_address(scale)
+    # Both are held until the kernel has read them: another call may drop what is remembered.
+    factors, of_scale = (
+        _constant(rows, scale) if isinstance(scale, float) else (scale, own_address(scale))
+    )
     sums = np.ascontiguousarray(sums)
     record = table.record(sums.shape, own_address(sums), of_scale, own_address(results))
     memory = c_char.from_buffer(bytearray(record))
     evaluation_kernel().call(addressof(memory), 0, 0)
-    del held
+    del factors
     return Evaluation(
         np.ndarray(shape, np.float64, results),
         np.ndarray((table.number, *shape), np.float64, results, 8 * values),

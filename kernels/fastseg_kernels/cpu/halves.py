@@ -70,3 +70,9 @@ def float_to_bfloat16(x):  # type: ignore[no-untyped-def]
     return np.uint16(
         np.int32((quiet if magnitude > _FLOAT_INFINITY else rounded) & np.int32(0xFFFF))
     )
+
+
+WIDEN = {"float16": half_to_float, "bfloat16": bfloat16_to_float}
+"""From the bits of a dtype to float32."""
+NARROW = {"float16": float_to_half, "bfloat16": float_to_bfloat16}
+"""From float32 to the bits of a dtype."""

@@ -13,20 +13,17 @@ import numpy as np
 
 from fastseg_kernels.constants import TARGETS_AS_STORED, TARGETS_NONZERO
 from fastseg_kernels.cpu.compiled import Kernel, function, inlined
-from fastseg_kernels.cpu.conversions import EXCLUDED, INVALID, make_widen, stored_type
+from fastseg_kernels.cpu.conversions import EXCLUDED, INVALID, make_convert, stored_type
 from fastseg_kernels.cpu.intrinsics import carray, is_same, pointer_to, select, wide_vectors
 from fastseg_kernels.cpu.jobs import JOB, LOAD_REQUEST
 
 
-def _make_classify(dtype: Any, of: str) -> Any:
-    """Return ``classify(address, count, job, codes)`` for contiguous labels of ``dtype``.
-
-    ``of``: the dtype that the labels have, or had.
-    """
+def _make_classify(dtype: Any) -> Any:
+    """Return ``classify(address, count, job, codes)`` for contiguous labels of ``dtype``."""
     is_float = np.issubdtype(dtype, np.floating)
     background, foreground = np.uint8(0), np.uint8(1)
     invalid, excluded = np.uint8(INVALID), np.uint8(EXCLUDED)
-    limits = np.iinfo(np.int64 if of == "uint64" or is_float else dtype)
+    limits = np.iinfo(np.int64 if is_float else dtype)
     least, largest = int(limits.min), int(limits.max)
 
     @inlined
@@ -89,14 +86,14 @@ def _make_narrow(dtype: Any) -> Any:
 def codes_kernel(dtype: str) -> Kernel:
     """Compile ``codes(job, request, unused)``: ``count`` labels of a dtype to codes of one byte.
 
-    NaN is `INVALID`. The request's ``scratch`` is a word for each of them.
+    NaN is `INVALID`. uint64 is read as int64, as `problems.as_stored` writes labels.
     """
     Stored = stored_type(dtype)
     small = dtype in ("float16", "bfloat16")
     wide = dtype in ("uint32", "int32", "uint64", "int64")
     read_as = np.float32 if small else (np.int64 if dtype == "uint64" else Stored)
-    of_bytes, of_labels = _make_classify(np.uint8, "uint8"), _make_classify(read_as, dtype)
-    narrow, widen = _make_narrow(read_as if wide else np.int32), make_widen(dtype, np.float32)
+    of_bytes, of_labels = _make_classify(np.uint8), _make_classify(read_as)
+    narrow, widen = _make_narrow(read_as if wide else np.int32), make_convert(dtype, "float32")
 
     @function
     def classify_narrow(ask, job, out):  # type: ignore[no-untyped-def]

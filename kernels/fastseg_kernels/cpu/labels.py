@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastseg_kernels.cpu import threads
-from fastseg_kernels.cpu.compiled import Kernel, pasted
+from fastseg_kernels.cpu.compiled import Kernel, function, pasted
 from fastseg_kernels.cpu.conversions import to_labels
 from fastseg_kernels.cpu.intrinsics import address_of, carray, pointer_to, stack_array
 from fastseg_kernels.cpu.jobs import JOB
@@ -28,6 +28,16 @@ WAYS = 4
 """Tables that voxels go to in turn: the next of a class need not wait for the last one's count."""
 PAIRS = WAYS * ((FEW + 1) ** 2 + 1)
 """Entries of the tables: of any label outside, too, and one for voxels that do not count."""
+
+
+@function
+def _empty_table(job, task):  # type: ignore[no-untyped-def]
+    """Return the table of a task's block, of zeros."""
+    size = COUNTS * job.classes
+    table = pointer_to(job.sums + 8 * size * task, np.int64)
+    for k in range(size):
+        table[k] = 0
+    return table
 
 
 @pasted
@@ -48,12 +58,9 @@ def label_kernel() -> Kernel:
         predicted, true = stack_array(STAGE, np.int64), stack_array(STAGE, np.int64)
         keep = stack_array(STAGE, np.int64)
         scratch = address_of(stack_array(SCRATCH_WORDS, np.int64))
-        size = COUNTS * job.classes
         for task in range(first, last):
             n, block = task // job.blocks, task % job.blocks
-            table = pointer_to(job.sums + 8 * size * task, np.int64)
-            for k in range(size):
-                table[k] = 0
+            table = _empty_table(job, task)
             voxel, end = block * job.block, min(job.voxels, (block + 1) * job.block)
             while voxel < end:
                 length = min(STAGE, end - voxel)
@@ -104,9 +111,7 @@ def pair_kernel() -> Kernel:
         owner = first
         for task in range(first, last):
             n, block = task // job.blocks, task % job.blocks
-            table = pointer_to(job.sums + 8 * size * task, np.int64)
-            for k in range(size):
-                table[k] = 0
+            table = _empty_table(job, task)
             if task == first or block == 0:
                 owner = task
                 for k in range(WAYS * ways):

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastseg_kernels.cpu import threads
 from fastseg_kernels.cpu.compiled import Kernel, function
-from fastseg_kernels.cpu.conversions import rounding, widening
+from fastseg_kernels.cpu.conversions import conversion
 from fastseg_kernels.cpu.elementary import REALS, make_exp_negative
 from fastseg_kernels.cpu.intrinsics import address_of, carray, pointer_to, stack_array, wide_vectors
 from fastseg_kernels.cpu.jobs import JOB
@@ -66,8 +66,8 @@ def sigmoid(x: View, out: View) -> None:
     fill_geometry(record, rows)
     record["logits"]["address"], record["out"]["address"] = x.address, out.address
     real, voxels = compute_type(x.dtype), prod(x.shape)
-    record["logits"]["convert"] = widening(x.dtype, real)
-    record["out"]["convert"] = rounding(real, out.dtype)
+    record["logits"]["convert"] = conversion(x.dtype, real)
+    record["out"]["convert"] = conversion(real, out.dtype)
     block = block_length(voxels)
     record["voxels"], record["block"] = voxels, block
     kernel = sigmoid_kernel(real)

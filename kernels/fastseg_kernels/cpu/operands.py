@@ -15,7 +15,7 @@ import numpy as np
 
 from fastseg_kernels.constants import ITEM_SIZES, MAX_DIMS
 from fastseg_kernels.cpu.compiled import function
-from fastseg_kernels.cpu.intrinsics import call_kernel, pointer_to
+from fastseg_kernels.cpu.intrinsics import call_kernel, pointer_to, wide_vectors
 from fastseg_kernels.views import Layout
 
 STAGE = 2048
@@ -175,11 +175,20 @@ def load_converted(operand, job, n, c, voxel, count, scratch, buffer):  # type: 
     return buffer
 
 
-@function
-def _copy(source, count, destination):  # type: ignore[no-untyped-def]
-    data, out = pointer_to(source, np.uint8), pointer_to(destination, np.uint8)
-    for i in range(count):
-        out[i] = data[i]
+def make_copy(dtype: Any) -> Any:
+    """Return ``copy(source, count, destination)``, between two addresses."""
+
+    @function
+    def copy(source, count, destination):  # type: ignore[no-untyped-def]
+        wide_vectors()
+        data, out = pointer_to(source, dtype), pointer_to(destination, dtype)
+        for i in range(count):
+            out[i] = data[i]
+
+    return copy
+
+
+_copy_bytes = make_copy(np.uint8)
 
 
 @function
@@ -205,7 +214,7 @@ def store_converted(operand, job, n, c, voxel, count, values, scratch):  # type:
         if converts:
             call_kernel(operand.convert, values, count, here)
         else:
-            _copy(values, count * size, here)
+            _copy_bytes(values, count * size, here)
         return
     if converts:
         call_kernel(operand.convert, values, count, scratch)

@@ -23,7 +23,7 @@ from fastseg_kernels.constants import (
 )
 from fastseg_kernels.cpu import overlap, softmax, sorting, threads
 from fastseg_kernels.cpu.compiled import Kernel
-from fastseg_kernels.cpu.conversions import rounding, to_labels, widening
+from fastseg_kernels.cpu.conversions import conversion, to_labels
 from fastseg_kernels.cpu.histograms import (
     prepare_counts,
     prepare_look_up,
@@ -160,16 +160,16 @@ def plan_of(arrangement: Arrangement, out: Layout | None) -> Plan:
     record["excluded_input"] = EXCLUDED_INPUT[arrangement.activation]
     if not record["direct"]:
         record["load"] = load_kernel(real, kind == "binary").address
-        record["logits"]["convert"] = widening(logits.dtype, real)
+        record["logits"]["convert"] = conversion(logits.dtype, real)
         if labelled:
             record["classify"] = codes_kernel(targets.dtype).address
         else:
-            record["targets"]["convert"] = widening(targets.dtype, real)
+            record["targets"]["convert"] = conversion(targets.dtype, real)
         _fill_conversions(record, arrangement)
     if out is not None:
         in_place = out.dtype == real and _is_run(geometry, len(layouts) - 1, out)
         record["in_place"] = in_place
-        record["out"]["convert"] = rounding(real, out.dtype)
+        record["out"]["convert"] = conversion(real, out.dtype)
         if not in_place:
             record["store"] = store_kernel().address
     groups = shape[1] // int(record["inner_classes"]) if shape[1] else 0
@@ -188,9 +188,9 @@ def _fill_conversions(record: Any, arrangement: Arrangement) -> None:
     """Write how a mask and a weight map become reals; masks of one byte are looked at as such."""
     mask, weights, real = arrangement.mask, arrangement.weights, arrangement.real
     if mask is not None and (ITEM_SIZES[mask.dtype] > 1 or arrangement.activation == "softmax"):
-        record["mask"]["convert"] = widening(mask.dtype, real)
+        record["mask"]["convert"] = conversion(mask.dtype, real)
     if weights is not None:
-        record["weights"]["convert"] = widening(weights.dtype, real)
+        record["weights"]["convert"] = conversion(weights.dtype, real)
 
 
 def _softmax_plan(arrangement: Arrangement, out: Layout | None) -> Plan:
@@ -218,15 +218,15 @@ def _softmax_plan(arrangement: Arrangement, out: Layout | None) -> Plan:
     )
     record["has_ignore"], record["ignore_label"] = has_ignore, arrangement.ignore_index or 0
     record["load"] = tile_load_kernel(real, arrangement.indexed).address
-    record["logits"]["convert"] = widening(logits.dtype, real)
+    record["logits"]["convert"] = conversion(logits.dtype, real)
     if not arrangement.indexed:
-        record["targets"]["convert"] = widening(targets.dtype, real)
+        record["targets"]["convert"] = conversion(targets.dtype, real)
     elif targets.dtype not in ("bool", "uint8"):
         record["targets"]["convert"] = to_labels(targets.dtype)
     _fill_conversions(record, arrangement)
     if out is not None:
         record["in_place"] = out.dtype == real and _is_run(geometry, len(layouts) - 1, out)
-        record["out"]["convert"] = rounding(real, out.dtype)
+        record["out"]["convert"] = conversion(real, out.dtype)
         record["store"] = store_kernel().address
     kind = "indexed" if arrangement.indexed else "soft"
     weighted = "weighted_" if arrangement.weights is not None else ""

@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastseg_kernels.constants import BASE_COLUMNS, columns, histograms
+from fastseg_kernels.constants import columns, histograms
 from fastseg_kernels.cpu.compiled import Kernel
 from fastseg_kernels.cpu.evaluation import EVALUATION, Table, evaluation_kernel
 from fastseg_kernels.cpu.intrinsics import call_kernel, carray, pointer_to
 from fastseg_kernels.cpu.jobs import JOB
 from fastseg_kernels.cpu.memory import own_address
+from fastseg_kernels.cpu.overlap import INVALID_COLUMN
 from fastseg_kernels.cpu.passes import call_of_gradient, call_of_statistics, keeps, plan_of
 from fastseg_kernels.problem import Problem
 from fastseg_kernels.views import View
 
-INVALID_COLUMN = BASE_COLUMNS.index("invalid")
 WHOLE = np.dtype(
     [
         ("logits", np.int64),  # addresses of the arrays of a call

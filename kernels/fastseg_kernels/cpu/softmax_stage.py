@@ -24,7 +24,7 @@ from fastseg_kernels.cpu.intrinsics import (
     wide_vectors,
 )
 from fastseg_kernels.cpu.jobs import JOB
-from fastseg_kernels.cpu.operands import load_converted
+from fastseg_kernels.cpu.operands import load_converted, make_copy
 from fastseg_kernels.cpu.tiles import LANES
 
 BUFFER = 16384
@@ -61,13 +61,7 @@ def tile_load_kernel(real_name: str, indexed: bool) -> Kernel:
     real = REALS[real_name]
     T, I = real.scalar, real.integer  # noqa: E741
     size = np.dtype(T).itemsize
-    zero, one, nobody = T(0), T(1), I(NOBODY)
-
-    @function
-    def copy(source, destination, count):  # type: ignore[no-untyped-def]
-        wide_vectors()
-        for i in range(count):
-            destination[i] = source[i]
+    copy, zero, one, nobody = make_copy(T), T(0), T(1), I(NOBODY)
 
     def make_take(kind: Any) -> Any:
         """Return what turns labels of a type into classes."""
@@ -123,7 +117,7 @@ def tile_load_kernel(real_name: str, indexed: bool) -> Kernel:
                 if values[i] == zero and keep[i] != zero:
                     ask.left_out += 1
                 keep[i] = zero if values[i] == zero else keep[i]
-        copy(keep, weight, ask.tile)
+        copy(ask.keep, ask.tile, ask.weight)
         if job.weights.address != 0:
             raw = load_converted(
                 job.weights, job, ask.n, 0, ask.voxel, ask.count, scratch, address_of(buffer)
@@ -140,9 +134,9 @@ def tile_load_kernel(real_name: str, indexed: bool) -> Kernel:
         for c in range(job.classes):
             there = destination + c * ask.tile * size
             raw = load_converted(operand, job, ask.n, c, ask.voxel, ask.count, scratch, there)
-            row, values = pointer_to(there, T), pointer_to(raw, T)
+            row = pointer_to(there, T)
             if raw != there:
-                copy(values, row, ask.count)
+                copy(raw, ask.count, there)
             for i in range(ask.tile):
                 row[i] = zero if keep[i] == zero else row[i]
 

@@ -30,6 +30,7 @@ from fastseg_kernels.cpu.operands import (
     is_contiguous,
     load_converted,
     load_raw,
+    make_copy,
     store_converted,
     voxel_address,
 )
@@ -72,23 +73,10 @@ def _make_load_excluded(real: Real) -> tuple[Any, Any]:
     return load_mask, count_excluded
 
 
-def _make_copy(T: Any) -> Any:
-    """Return the copy of elements of a type to a buffer."""
-
-    @function
-    def copy(source, count, out):  # type: ignore[no-untyped-def]
-        wide_vectors()
-        values = pointer_to(source, T)
-        for i in range(count):
-            out[i] = values[i]
-
-    return copy
-
-
 def _make_load_targets(real: Real, binary: bool) -> Any:
     """Return how targets come to a buffer, and those that are ignored to ``excluded``."""
     T = real.scalar
-    copy = _make_copy(T)
+    copy = make_copy(T)
     yes, no, code_excluded = np.uint8(1), np.uint8(0), np.uint8(EXCLUDED)
 
     @function
@@ -112,7 +100,7 @@ def _make_load_targets(real: Real, binary: bool) -> Any:
         else:
             raw = load_converted(job.targets, job, n, c, voxel, count, ask.scratch, address_of(p))
             if raw != address_of(p):
-                copy(raw, count, p)
+                copy(raw, count, address_of(p))
             if job.has_ignore != 0:
                 ignored = T(job.ignore_real)
                 for i in range(count):
@@ -133,7 +121,7 @@ def load_kernel(real_name: str, binary: bool) -> Kernel:
     real = REALS[real_name]
     T = real.scalar
     Target = np.uint8 if binary else T
-    copy, load_targets = _make_copy(T), _make_load_targets(real, binary)
+    copy, load_targets = make_copy(T), _make_load_targets(real, binary)
     load_mask, count_excluded = _make_load_excluded(real)
     no = np.uint8(0)
 
@@ -170,12 +158,12 @@ def load_kernel(real_name: str, binary: bool) -> Kernel:
         if weighted:
             raw = load_converted(job.weights, job, n, c, voxel, count, ask.scratch, ask.w)
             if raw != ask.w:
-                copy(raw, count, w)
+                copy(raw, count, ask.w)
         raw = load_converted(job.logits, job, n, c, voxel, count, ask.scratch, ask.x)
         if ask.left_out == 0 and count == padded:
             ask.x_at = raw  # maybe in scratch
         elif raw != ask.x:
-            copy(raw, count, x)
+            copy(raw, count, ask.x)
         if ask.left_out != 0:
             put(x, excluded, count, nothing)
             put(p, excluded, count, Target(0))

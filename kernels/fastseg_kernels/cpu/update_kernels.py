@@ -20,10 +20,9 @@ import numpy as np
 from fastseg_kernels.cpu.compiled import Kernel, function, inlined
 from fastseg_kernels.cpu.elementary import REALS
 from fastseg_kernels.cpu.halves import (
+    NARROW,
+    WIDEN,
     bfloat16_to_float,
-    float_to_bfloat16,
-    float_to_half,
-    half_to_float,
 )
 from fastseg_kernels.cpu.intrinsics import (
     address_of,
@@ -73,8 +72,6 @@ COEFFICIENTS_AT = JOB.fields["coefficients"][1]  # type: ignore[index]
 TASK_BYTES, TENSOR_BYTES = TASK.itemsize, TENSOR.itemsize
 
 F32 = np.float32
-_WIDEN = {"float16": half_to_float, "bfloat16": bfloat16_to_float}
-_NARROW = {"float16": float_to_half, "bfloat16": float_to_bfloat16}
 
 
 @inlined
@@ -189,7 +186,7 @@ def _load_states(bits, count, values):  # type: ignore[no-untyped-def]
 
 def _make_halves(dtype: str) -> tuple[Any, Any, Any]:
     """Return what is done to parameters of 2 bytes before and after, and to their gradients."""
-    widen, narrow = _WIDEN[dtype], _NARROW[dtype]
+    widen, narrow = WIDEN[dtype], NARROW[dtype]
 
     @function
     def take_over(bits, master, count):  # type: ignore[no-untyped-def]
@@ -337,7 +334,7 @@ def squares_kernel(dtype: str) -> Kernel:
     halved = dtype in MASTERED
     T = np.uint16 if halved else REALS[dtype].scalar
     item = np.dtype(T).itemsize
-    widen = _WIDEN[dtype if halved else "bfloat16"]
+    widen = WIDEN[dtype if halved else "bfloat16"]
 
     @inlined
     def square(element, total):  # type: ignore[no-untyped-def]
