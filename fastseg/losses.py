@@ -407,7 +407,8 @@ class Loss:
         grad_scale: Any,
     ) -> tuple[Any, Any, tuple[Any, tuple[str, ...], Backend]]:
         """Run the three verbs on one problem; return value, gradient, and sums with their names."""
-        families, own = self.families(track), self.families()
+        families = self.families(track)
+        own = self.families() if track else families
         library, problem = self._problem(logits, targets, mask, weight_map, families)
         grad = library.empty_like(logits) if out is None else out
         view = check_out(
@@ -429,7 +430,7 @@ class Loss:
             backend.gradient(problem, result.coefficients, view, own, slopes, kept)
             value = result.value
         library.used(problem.owners)
-        if out is not None:
+        if out is not None and type(out) is not np.ndarray:
             library_of(out, "out").written((out,))
         answer = library.array(self._reduced(value), dtype, logits)
         return answer, grad, (sums, columns(families), backend)

@@ -131,8 +131,14 @@ def test_second_process_compiles_nothing(warm):
 
 def test_second_process_compiles_nothing_of_a_loss(tmp_path):
     first = run(LOSS, tmp_path)
-    assert len(first.compiled) == 6  # two of either pass, the evaluation, what calls all of them
+    assert len(first.compiled) == 7  # two of either pass, a term, the evaluation, what calls all
     assert run(LOSS, tmp_path) == Run(first.result, [])
+
+
+def test_second_process_imports_little_of_numba(warm):
+    """What compilation needs of it takes longer to import than all the rest of a first call."""
+    asked = "; result = [name in sys.modules for name in ('numba', 'numba.np.linalg')]"
+    assert run(BCE + asked, warm[0]).result == [True, False]
 
 
 def test_cache_is_private_to_its_user(warm):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -25,6 +26,16 @@ LOSSES = {
 }
 KEPT = {"bce and jaccard", "pos_weight", "l1", "squared", "tversky"}
 SPECIAL = (np.inf, -np.inf, 0.0, -0.0, 1e-30, -1e-30, 87.7, -87.7, 1e30, -1e30)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def keeping() -> Iterator[None]:
+    """Keep what the gradient needs on any CPU: where it does not pay it must be right, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "KEEPS", True)
+        passes.plan_of.cache_clear()
+        yield
+    passes.plan_of.cache_clear()
 
 
 def volume(voxels: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:

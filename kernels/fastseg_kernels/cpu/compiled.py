@@ -35,12 +35,13 @@ import numba
 import numpy as np
 from llvmlite import binding
 from numba import njit, types
-from numba.core import caching, ccallback, compiler, serialize
+from numba.core import caching, ccallback, compiler, runtime, serialize
 
 # Parts of Numba that are not documented; each is as old as its cache.
 _compiler: Any = compiler
 _serialize: Any = serialize
 _ccallback: Any = ccallback
+_runtime: Any = runtime
 
 LOG = logging.getLogger("fastseg.compile")
 KERNEL_SIGNATURE = types.void(types.int64, types.int64, types.int64)
@@ -136,7 +137,6 @@ class DiskCache(caching._Cache):
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:
         """Return the compiled kernel, or None: not there, damaged, or not readable."""
-        target_context.refresh()
         path = self._path(signature, target_context)
         try:
             content = path.read_bytes() if path else b""
@@ -149,6 +149,9 @@ class DiskCache(caching._Cache):
         if hashlib.sha256(payload).digest() != checksum:  # a disk that was full, a copy cut short
             LOG.warning("ignoring the damaged cache file %s", path)
             return None
+        # Numba's own cache would refresh the context, which imports all that may be compiled and
+        # takes 0.4 s; what is compiled already needs these few functions alone.
+        _runtime.rtsys.initialize(target_context)
         return _compiler.CompileResult._rebuild(target_context, *pickle.loads(payload))
 
     def save_overload(self, signature: Any, data: Any) -> None:

@@ -80,9 +80,9 @@ def _word(*path: str) -> int:
     return position // 8
 
 
-MOST_KEPT = 2**25 if HAS_MASKS else 2**62
-"""Bytes of a gradient for which statistics keep something. What is kept is written and read once
-more: with vectors of 512 bits that is worth the arithmetic only while it stays in the caches."""
+KEEPS = not HAS_MASKS
+"""Whether statistics keep something for the gradient. That is 8 bytes a voxel more and a third of
+the arithmetic less, which pays with vectors of 256 bits; with 512 it made no difference."""
 NOT_KEPT = frozenset({"bce_flipped", "focal_bce", "sorted"})
 """Families whose gradient needs more of a voxel than is kept."""
 
@@ -178,9 +178,8 @@ def plan_of(arrangement: Arrangement, out: Layout | None) -> Plan:
     variant = Variant(real, kind, arrangement.activation)
     share = prod(shape) >= SHARED_FROM
     task_rows = int(record["inner_classes"])
-    small = prod(shape) * ITEM_SIZES[real] <= MOST_KEPT
     lies_right = bool(record["direct"] and record["in_place"])
-    keeps = small and lies_right and variant.of_binary_logits
+    keeps = KEEPS and lies_right and variant.of_binary_logits
     return Plan(job, overlap, variant, tasks, blocks, task_rows, share, {}, {}, keeps)
 
 

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from fastseg_kernels.constants import columns, histograms
 from fastseg_kernels.cpu.compiled import Kernel
-from fastseg_kernels.cpu.evaluation import EVALUATION, Table, evaluation_kernel
+from fastseg_kernels.cpu.evaluation import Table, evaluation_kernel
 from fastseg_kernels.cpu.intrinsics import call_kernel, carray, pointer_to
 from fastseg_kernels.cpu.jobs import JOB
 from fastseg_kernels.cpu.memory import own_address
 from fastseg_kernels.cpu.overlap import INVALID_COLUMN
 from fastseg_kernels.cpu.passes import call_of_gradient, call_of_statistics, keeps, plan_of
+from fastseg_kernels.cpu.term_rows import EVALUATION
 from fastseg_kernels.problem import Problem
 from fastseg_kernels.views import View
 
@@ -32,11 +33,13 @@ WHOLE = np.dtype(
         ("out", np.int64),
         ("factor", np.float64),  # of the gradient
         ("invalid", np.int64),  # answer: 1 if something is, and then there is no gradient
+        ("value", np.float64),  # answer: the first of the values
         ("tasks", np.int64),
         ("rows", np.int64),
         ("columns", np.int64),
         ("sums", np.int64),  # address of float64 (rows, columns)
         ("scale", np.int64),  # address of float64 (rows,)
+        ("values", np.int64),  # address of what an evaluation gives
         ("statistics", np.int64),  # addresses of kernels, and of their records
         ("statistics_job", np.int64),
         ("evaluation", np.int64),
@@ -46,7 +49,7 @@ WHOLE = np.dtype(
     ]
 )
 """What `whole_kernel` is told."""
-_CALL = Struct("5qd")
+_CALL, _ANSWER = Struct("5qd"), Struct("qd")
 _WORD = 8
 
 
@@ -70,6 +73,7 @@ def whole_kernel() -> Kernel:
                 own.invalid = 1
         if own.invalid == 0:
             call_kernel(own.evaluate, own.evaluation, 0, 0)
+            own.value = pointer_to(own.values, np.float64)[0]
             call_kernel(own.gradient, own.gradient_job, 0, own.tasks)
 
     return Kernel(whole, "whole")
@@ -80,9 +84,8 @@ class _State(NamedTuple):
 
     buffer: memoryview  # all of it
     address: int
-    record: Any  # the `WHOLE`
     sums: NDArray[np.float64]
-    value: NDArray[np.float64]
+    values: NDArray[np.float64]
 
 
 class SmallCall:
@@ -104,7 +107,7 @@ class SmallCall:
         first = plan if self.kept else plan_of(problem.arrangement, None)
         self._statistics = call_of_statistics(problem.arrangement, first, families, self.kept)
         self._gradient = call_of_gradient(plan, own, self.kept)
-        self._table, self._tasks = table, plan.tasks
+        self._table, self._tasks, self._call = table, plan.tasks, whole_kernel().call
         self._shape = (*problem.shape[:2], len(columns(families)))
         self._free: list[_State] = []
 
@@ -119,7 +122,7 @@ class SmallCall:
             "evaluation": EVALUATION.itemsize // _WORD,
             "sums": rows * width,
             "scale": rows,
-            "value": values,  # and what else an evaluation gives, in its order
+            "values": values,  # and what else an evaluation gives, in its order
             "by_term": values * self._table.number,
             "coefficients": rows * self._table.width,
         }
@@ -132,10 +135,10 @@ class SmallCall:
             pieces[name].view(JOB)[0] for name in ("statistics_job", "gradient_job")
         )
         statistics["sums"], gradient["coefficients"] = at["sums"], at["coefficients"]
-        evaluation = self._table.record(self._shape, at["sums"], at["scale"], at["value"])
+        evaluation = self._table.record(self._shape, at["sums"], at["scale"], at["values"])
         pieces["evaluation"].view(np.uint8)[:] = np.frombuffer(evaluation, np.uint8)
         record: Any = pieces["whole"].view(WHOLE)[0]
-        for name in ("sums", "scale", "statistics_job", "gradient_job"):
+        for name in ("sums", "scale", "values", "statistics_job", "gradient_job"):
             record[name] = at[name]
         record["tasks"], record["rows"], record["columns"] = self._tasks, rows, width
         record["statistics"] = self._statistics.kernel.address
@@ -145,14 +148,13 @@ class SmallCall:
         return _State(
             words.data.cast("B"),
             own_address(words),
-            record,
             pieces["sums"].view(np.float64).reshape(self._shape),
-            pieces["value"].view(np.float64).reshape(shape),
+            pieces["values"].view(np.float64).reshape(shape),
         )
 
     def __call__(
         self, problem: Problem, out: View, factor: float
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | np.float64 | None]:
         """Write the gradient to ``out``; return the sums and the value.
 
         The value is None, and there is no gradient, where the sums count something invalid.
@@ -162,9 +164,11 @@ class SmallCall:
         except IndexError:
             state = self._new_state()
         _CALL.pack_into(state.buffer, 0, *problem.addresses, out.address, factor)
-        whole_kernel().call(state.address, 0, 0)
-        value = None if state.record["invalid"] else state.value.copy()
-        sums = state.sums.copy()
+        self._call(state.address, 0, 0)
+        invalid, first = _ANSWER.unpack_from(state.buffer, _CALL.size)
+        sums, value = state.sums.copy(), None
+        if not invalid:
+            value = state.values.copy() if self._table.per_row else np.float64(first)
         self._free.append(state)
         return sums, value
 
