@@ -68,7 +68,12 @@ def _numpy_layout(array: np.ndarray[Any, Any], name: str) -> Layout:
     return _LAYOUTS.setdefault((dtype, *layout[:2]), layout)
 
 
-def _numpy_address(array: Any) -> int:
+def known_layout(array: np.ndarray[Any, Any]) -> Layout | None:
+    """Return the one object that stands for the layout of an array, if such an array was seen."""
+    return _LAYOUTS.get((array.dtype, array.shape, array.strides))
+
+
+def numpy_address(array: Any) -> int:
     """Return where the first element lies; ``ctypes.data`` alone takes a microsecond."""
     try:
         return addressof(c_char.from_buffer(array))
@@ -93,12 +98,10 @@ class NumPy:
                 f"{name} is a numpy.ma.MaskedArray, whose mask would be ignored; pass {name}.data "
                 f"and mask=~numpy.ma.getmaskarray({name})"
             )
-        layout = _LAYOUTS.get((array.dtype, array.shape, array.strides))
-        if layout is None:
-            layout = _numpy_layout(array, name)
+        layout = known_layout(array) or _numpy_layout(array, name)
         if writable and not array.flags.writeable:
             raise ValueError(f"{name} must be writable, got a read-only array")
-        return View(_numpy_address(array), layout, array)
+        return View(numpy_address(array), layout, array)
 
     def empty_like(self, array: Any) -> Any:
         """Allocate in the same memory order (a plain array also for a memory map)."""
@@ -244,9 +247,7 @@ class CuPy:
 
     def view(self, array: Any, name: str, *, writable: bool = False) -> View:
         """Describe an array; every layout is accepted."""
-        layout = _LAYOUTS.get((array.dtype, array.shape, array.strides))
-        if layout is None:
-            layout = _numpy_layout(array, name)
+        layout = known_layout(array) or _numpy_layout(array, name)
         address, size = array.data.ptr, array.dtype.itemsize
         if address % size or any(step % size for step in layout.strides):
             raise _misaligned(name, size)

@@ -26,7 +26,6 @@ from fastseg.parameters import (
     is_same,
     may_move,
     places_of,
-    size_in_bytes,
     watched_tensors,
 )
 from fastseg_kernels.constants import ITEM_SIZES
@@ -180,26 +179,32 @@ class Updater:
                 f"params were on {self.device} and are on {now} now, where the states are not; "
                 "make a new optimiser"
             )
-        for i, (view, old) in enumerate(zip(views, self.views, strict=True)):
-            if moved and (dense_layout(view), view.dtype) != (dense_layout(old), old.dtype):
-                raise MovedError(
-                    f"params[{i}] had dtype {old.dtype}, shape {old.shape} and strides "
-                    f"{old.strides} and has now {view.dtype}, {view.shape} and {view.strides}; "
-                    "make a new optimiser"
-                )
+        if moved:
+            self._check_same_layouts(views)
         grad_views = check_grads(grads, views, memory, self.libraries, self.device, zero_grads)
         if self._table is None:
             states = [self.states[name] for name in self.state_names]
             masters = self.states.get(MASTER) or [None] * len(views)
             self._table = self.backend.update_table(views, states, masters, self.small_states)
+        if moved:
+            self._table.set_params(views)
         self.views, self._memory, self._places = views, memory, places
-        self._table.set_params(views)
         self._table.set_grads(grad_views)
         watched = watched_tensors(grads)
         holds_graph = any(tensor.requires_grad for tensor in watched)  # and all that it saved
-        if sum(map(size_in_bytes, grad_views)) <= HELD_BYTES and not holds_graph:
+        if memory.sizes.sum() <= HELD_BYTES and not holds_graph:  # gradients are as large
             self._last = Gradients(list(grads), watched, places_of(watched), zero_grads)
         return self._table
+
+    def _check_same_layouts(self, views: list[View]) -> None:
+        """Raise where a parameter does not lie as it did when its states were made."""
+        for i, (view, old) in enumerate(zip(views, self.views, strict=True)):
+            if (dense_layout(view), view.dtype) != (dense_layout(old), old.dtype):
+                raise MovedError(
+                    f"params[{i}] had dtype {old.dtype}, shape {old.shape} and strides "
+                    f"{old.strides} and has now {view.dtype}, {view.shape} and {view.strides}; "
+                    "make a new optimiser"
+                )
 
     def to_host(self, name: str) -> list[NDArray[Any] | None]:
         """Return copies of a state of every array, in its shape; bfloat16 becomes float32."""
