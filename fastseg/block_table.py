@@ -35,6 +35,14 @@ class BlockTable:
     sums
         float64 (blocks, N, C, K), the last axis of the grid running fastest; -1 where a block is
         not done.
+
+    Examples
+    --------
+    >>> import numpy as np, fastseg as fs, fastseg.blocks
+    >>> volume, what = np.arange(6, dtype=np.uint8) % 2, fs.HardScores(num_classes=2, layout="")
+    >>> table = fastseg.blocks.statistics_per_block(what, volume, volume, block=(2,))
+    >>> table.scores().tolist(), float(table.total().jaccard_index())
+    ([1.0, 1.0, 1.0], 1.0)
     """
 
     def __init__(
@@ -197,6 +205,19 @@ def draw_error_map(
 
     ``values``: of `BlockTable.values`, or 1 - `BlockTable.scores`, with one to three axes; NaN is
     left blank. Needs matplotlib.
+
+    Raises
+    ------
+    ValueError
+        For values of no axis, or of more than three.
+
+    Examples
+    --------
+    >>> import numpy as np, fastseg.blocks, tempfile, pathlib
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "map.png"
+    >>> fastseg.blocks.draw_error_map(np.array([[0.1, 0.3], [0.2, np.nan]]), path)
+    >>> path.stat().st_size > 0
+    True
     """
     figure_module: Any = import_module("matplotlib.figure")
     if not 1 <= values.ndim <= 3:

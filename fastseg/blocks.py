@@ -92,7 +92,7 @@ def statistics_per_block(
         A table in zarr. Where it exists its blocks are not computed again; that it was made by the
         same loss, from the same files and blocks, is checked: files by path, size and time of
         change, other arrays by shape, dtype and samples. Of more than 4096 blocks
-        (`fastseg.block_table.MOST_FILES`) several are computed and written together.
+        (``MOST_FILES`` in ``fastseg/block_table.py``) several are computed and written together.
     part
         (k, n): compute the k-th of n parts of the blocks; n processes with one path fill its table.
     executor
@@ -111,6 +111,14 @@ def statistics_per_block(
     -----
     Blocks that were finished stay in the table whatever happens to others. The same blocks give the
     same bits, with any executor.
+
+    Examples
+    --------
+    >>> import numpy as np, fastseg as fs, fastseg.blocks
+    >>> loss = fs.SoftDice().replace(layout="")
+    >>> logits, targets = np.zeros((4, 6), np.float32), np.ones((4, 6), np.uint8)
+    >>> fastseg.blocks.statistics_per_block(loss, logits, targets, block=(2, 3))
+    <BlockTable of (4, 6), 4 of 4 blocks done>
     """
     arrays = _named(logits=logits, targets=targets, mask=mask, weight_map=weight_map)
     lead = _leading_axes(loss, logits)
@@ -149,7 +157,22 @@ def statistics_per_block(
 
 
 def read_table(path: str | Path) -> BlockTable:
-    """Return the table that `statistics_per_block` keeps at a path, as far as it is filled."""
+    """Return the table that `statistics_per_block` keeps at a path, as far as it is filled.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+
+    Examples
+    --------
+    >>> import numpy as np, fastseg as fs, fastseg.blocks, tempfile
+    >>> path, volume = tempfile.mkdtemp() + "/table.zarr", np.zeros(8, np.uint8)
+    >>> what = fs.HardScores(num_classes=2, layout="")
+    >>> _ = fastseg.blocks.statistics_per_block(what, volume, volume, block=(4,), path=path)
+    >>> fastseg.blocks.read_table(path)
+    <BlockTable of (8,), 2 of 2 blocks done>
+    """
     return Table(path, None, 0).read()
 
 
@@ -172,6 +195,21 @@ def gradient_per_block(
     ``out``: an array of zarr or HDF5, a memory map, of the logits' shape. Blocks are whole chunks
     of it (shards, where it has any), so that no two write to one file. The gradient is computed by
     the executor and written here. The rest as in `statistics_per_block` and `Loss.gradient`.
+
+    Raises
+    ------
+    ValueError
+        If ``out`` has another shape, and as `Loss.gradient` does, with the block.
+
+    Examples
+    --------
+    >>> import numpy as np, fastseg as fs, fastseg.blocks
+    >>> loss, out = fs.BCE().replace(layout=""), np.zeros((4, 6), np.float32)
+    >>> logits, targets = np.zeros((4, 6), np.float32), np.ones((4, 6), np.uint8)
+    >>> s = fastseg.blocks.statistics_per_block(loss, logits, targets, block=(2, 3)).total()
+    >>> fastseg.blocks.gradient_per_block(loss, logits, targets, s, out, block=(2, 3))
+    >>> float(out.sum())
+    -0.5
     """
     arrays = _named(logits=logits, targets=targets, mask=mask, weight_map=weight_map)
     if tuple(out.shape) != tuple(logits.shape):

@@ -35,12 +35,26 @@ def set_num_threads(count: int | None) -> None:
 
 
 def get_num_threads() -> int:
-    """Return how many threads a call may use."""
+    """Return how many threads a call may use.
+
+    Examples
+    --------
+    >>> import fastseg as fs
+    >>> fs.get_num_threads() >= 1
+    True
+    """
     return cpu().get_num_threads()
 
 
 def show_config() -> dict[str, Any]:
-    """Return (not print) what `fastseg info` shows: versions, CPU, threads, caches, GPU state."""
+    """Return (not print) what `fastseg info` shows: versions, CPU, threads, caches, GPU state.
+
+    Examples
+    --------
+    >>> import fastseg as fs
+    >>> sorted(fs.show_config())
+    ['cache', 'conflicts', 'cpu', 'gpu', 'threads', 'versions']
+    """
     from fastseg.info import collect
 
     return collect()

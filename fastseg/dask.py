@@ -38,6 +38,17 @@ from fastseg.statistics import Statistics
 from fastseg.thread_shares import share_of_threads
 from fastseg_kernels.constants import columns
 
+__all__ = [
+    "dice_score",
+    "gradient",
+    "hard_statistics",
+    "jaccard_index",
+    "stat_scores",
+    "statistics",
+    "value",
+    "value_and_grad",
+]
+
 # Functions that dask has not typed.
 _delayed: Any = delayed
 _blockwise: Any = da.blockwise
@@ -61,6 +72,15 @@ def statistics(
     """Return the sums of all chunks, a delayed `fastseg.Statistics`; arguments as the verb's.
 
     The same chunks give the same bits, whatever the scheduler and its workers.
+
+    Examples
+    --------
+    >>> import dask.array as da, fastseg as fs, fastseg.dask
+    >>> loss = fs.SoftDice().replace(layout="")
+    >>> logits, targets = da.zeros((8, 8), chunks=4), da.ones((8, 8), chunks=(2, 8), dtype="u1")
+    >>> s = fastseg.dask.statistics(loss, logits, targets)
+    >>> round(float(loss.value(s.compute())), 4)
+    0.3333
     """
     checked_loss(loss)._require_sums("statistics")
     given = _given(logits, targets, mask, weight_map)
@@ -76,7 +96,16 @@ def statistics(
 
 
 def value(loss: Loss, s: Any) -> Any:
-    """Return the loss of delayed statistics, delayed."""
+    """Return the loss of delayed statistics, delayed.
+
+    Examples
+    --------
+    >>> import dask.array as da, fastseg as fs, fastseg.dask
+    >>> loss, x = fs.SoftDice().replace(layout=""), da.zeros(8, chunks=4)
+    >>> s = fastseg.dask.statistics(loss, x, da.ones(8, chunks=4, dtype="u1"))
+    >>> round(float(fastseg.dask.value(loss, s).compute()), 4)
+    0.3333
+    """
     return _delayed(checked_loss(loss).value)(s)
 
 
@@ -93,6 +122,14 @@ def gradient(
     """Return dL/dlogits as a dask array, where L is the loss of all that ``s`` sums up.
 
     ``s``: what `statistics` returned, or a `fastseg.Statistics`. The rest as the verb's.
+
+    Examples
+    --------
+    >>> import dask.array as da, fastseg as fs, fastseg.dask
+    >>> loss, x, p = fs.BCE().replace(layout=""), da.zeros(8, chunks=4), da.ones(8, chunks=4)
+    >>> s = fastseg.dask.statistics(loss, x, p)
+    >>> float(fastseg.dask.gradient(loss, x, p, s).sum())
+    -0.5
     """
     checked_loss(loss)._require_sums("gradient")
     given = _given(logits, targets, mask, weight_map)
@@ -126,7 +163,16 @@ def value_and_grad(
     weight_map: da.Array | None = None,
     grad_scale: float = 1.0,
 ) -> tuple[Any, da.Array]:
-    """Return the value, delayed, and the gradient, a dask array; every chunk is read twice."""
+    """Return the value, delayed, and the gradient, a dask array; every chunk is read twice.
+
+    Examples
+    --------
+    >>> import dask, dask.array as da, fastseg as fs, fastseg.dask
+    >>> loss, x, p = fs.BCE().replace(layout=""), da.zeros(8, chunks=4), da.ones(8, chunks=4)
+    >>> value, grad = fastseg.dask.value_and_grad(loss, x, p)
+    >>> round(float(value.compute()), 4), grad.chunks
+    (0.6931, ((4, 4),))
+    """
     s = statistics(loss, logits, targets, mask=mask, weight_map=weight_map)
     grad = gradient(
         loss, logits, targets, s, mask=mask, weight_map=weight_map, grad_scale=grad_scale
@@ -148,6 +194,14 @@ def hard_statistics(
     """Return the counts of all chunks, a delayed `fastseg.Statistics`.
 
     Arguments are those of `fastseg.hard_statistics`, and so of `jaccard_index` and the others here.
+
+    Examples
+    --------
+    >>> import dask.array as da, fastseg.dask
+    >>> pred, truth = da.ones((4, 6), chunks=3, dtype="u1"), da.ones((4, 6), chunks=2, dtype="u1")
+    >>> s = fastseg.dask.hard_statistics(pred, truth, num_classes=2, layout="")
+    >>> s.counts()["tp"].compute().tolist()
+    [[0, 24]]
     """
     what = HardScores(**options)
     given = _given(pred, targets, mask, None, name="pred")
@@ -165,7 +219,15 @@ def hard_statistics(
 
 
 def stat_scores(pred: da.Array, targets: da.Array, **arguments: Any) -> Any:
-    """Return the counts tp, fp, fn and tn, delayed; as `fastseg.stat_scores`."""
+    """Return the counts tp, fp, fn and tn, delayed; as `fastseg.stat_scores`.
+
+    Examples
+    --------
+    >>> import dask.array as da, fastseg.dask
+    >>> pred, truth = da.ones(6, chunks=3, dtype="u1"), da.zeros(6, chunks=2, dtype="u1")
+    >>> fastseg.dask.stat_scores(pred, truth, num_classes=2, layout="").compute()["fp"].tolist()
+    [[0, 6]]
+    """
     return hard_statistics(pred, targets, **arguments).counts()
 
 
@@ -177,7 +239,15 @@ def jaccard_index(
     empty: float = math.nan,
     **arguments: Any,
 ) -> Any:
-    """Return the hard Jaccard index, delayed; as `fastseg.jaccard_index`."""
+    """Return the hard Jaccard index, delayed; as `fastseg.jaccard_index`.
+
+    Examples
+    --------
+    >>> import dask.array as da, fastseg.dask
+    >>> pred = da.ones(6, chunks=3, dtype="u1")
+    >>> float(fastseg.dask.jaccard_index(pred, pred, num_classes=2, layout="").compute())
+    1.0
+    """
     s = hard_statistics(pred, targets, **arguments)
     return s.jaccard_index(reduction=reduction, empty=empty)
 
@@ -190,7 +260,15 @@ def dice_score(
     empty: float = math.nan,
     **arguments: Any,
 ) -> Any:
-    """Return the hard Dice score, delayed; as `fastseg.dice_score`."""
+    """Return the hard Dice score, delayed; as `fastseg.dice_score`.
+
+    Examples
+    --------
+    >>> import dask.array as da, fastseg.dask
+    >>> pred = da.ones(6, chunks=3, dtype="u1")
+    >>> float(fastseg.dask.dice_score(pred, pred, num_classes=2, layout="").compute())
+    1.0
+    """
     s = hard_statistics(pred, targets, **arguments)
     return s.dice_score(reduction=reduction, empty=empty)
 

@@ -7,7 +7,7 @@
 >>> round(float(value), 5), grad.shape
 (1.19315, (1, 1, 4, 4))
 
-XLA calls the kernels (`fastseg.xla`), which read and write its buffers and compute on the CPU:
+XLA calls the kernels (``fastseg/xla.py``), which read and write its buffers and compute on the CPU:
 where JAX computes on a GPU, its arrays are brought to the host for that, and the gradient back.
 Outside jit, `value_and_grad` needs no call by XLA, and a GPU's arrays stay there:
 
@@ -33,6 +33,8 @@ from fastseg.losses import checked_loss
 from fastseg.statistics import Statistics
 from fastseg.xla import call
 from fastseg_kernels.constants import columns
+
+__all__ = ["Loss", "compute_loss", "value_and_grad"]
 
 _Others = tuple[jax.Array, jax.Array | None, jax.Array | None]
 """Targets, mask and weight map."""
@@ -61,6 +63,14 @@ class Loss:
     -----
     vmap calls the kernels once for each of what it maps over; give the loss a batch instead where
     you can.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp, fastseg as fs, fastseg.jax
+    >>> criterion = fastseg.jax.Loss(fs.SoftDice())
+    >>> logits, targets = jnp.zeros((1, 1, 4)), jnp.array([[[1, 1, 0, 0]]])
+    >>> float(jax.jit(criterion)(logits, targets))
+    0.5
     """
 
     loss: _Loss

@@ -62,7 +62,7 @@ class Loss:
 
     Arrays are of NumPy, CuPy or PyTorch, or have ``__cuda_array_interface__`` (answers are CuPy's
     then); answers are of the same library and on the same device. Logits are
-    (N, C, *spatial), or as ``layout`` says, of dtype float32, float64, float16 or bfloat16.
+    ``(N, C, *spatial)``, or as ``layout`` says, of dtype float32, float64, float16 or bfloat16.
     Targets have the same shape (the class axis may be absent for one class) and any boolean,
     integer or floating dtype. ``mask`` (boolean or integer, 0 leaves a voxel out) and
     ``weight_map`` (at least 0) have the shape of the logits, or lack the class axis. A voxel that

@@ -155,7 +155,7 @@ class LovaszSoftmax(LovaszTerm):
 
     Notes
     -----
-    Targets (N, C, *spatial) must be one-hot; what each voxel adds up to is not checked.
+    Targets ``(N, C, *spatial)`` must be one-hot; what each voxel adds up to is not checked.
 
     References
     ----------

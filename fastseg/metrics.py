@@ -50,7 +50,8 @@ def jaccard_index(
     Parameters
     ----------
     pred
-        Logits or probabilities (N, C, *spatial) or as ``layout`` says, or labels (N, *spatial).
+        Logits or probabilities ``(N, C, *spatial)`` or as ``layout`` says, or labels
+        ``(N, *spatial)``.
     targets
         0 and 1 in the shape of ``pred`` (floats of at least 0.5 count as 1), or labels.
     kind
@@ -62,7 +63,7 @@ def jaccard_index(
         Labels are 0 .. num_classes - 1. Without it they are 0 and 1, and the score of 1 is given.
     ignore_index, positive, mask, layout
         As in `fastseg.Options` and `fastseg.Loss`. Labels have no class axis: all axes but the
-        first are spatial. Masks of several classes (N, C, *spatial) are scored per class as
+        first are spatial. Masks of several classes ``(N, C, *spatial)`` are scored per class as
         probabilities: ``pred.astype(np.float32), kind="probs"``.
     reduction
         "mean" or "sum" over the rows whose score is a number, or "none": (N, C).
@@ -191,6 +192,13 @@ class HardScores:
     """What hard scores count, and as what; fields are the arguments of `hard_statistics`.
 
     For whatever takes a loss for its statistics and nothing else, as `fastseg.blocks` does.
+
+    Examples
+    --------
+    >>> import numpy as np, fastseg as fs
+    >>> pred, truth = np.array([[0, 1, 1, 2]]), np.array([[0, 1, 2, 2]])
+    >>> float(fs.HardScores(num_classes=3).statistics(pred, truth).jaccard_index())
+    0.6666666666666666
     """
 
     kind: Kind | None = None

@@ -39,6 +39,17 @@ class Options:
     backend
         "auto": the backend of the device that holds the arrays; "cpu" or "cuda": arrays elsewhere
         are errors. No volume is ever moved between devices.
+
+    Raises
+    ------
+    ValueError
+        For a value that is none of these.
+
+    Examples
+    --------
+    >>> import fastseg as fs
+    >>> fs.BCE().replace(layout="", ignore_index=255).options.given()
+    {'ignore_index': 255, 'layout': ''}
     """
 
     activation: Literal["auto", "sigmoid", "softmax"] | None = "auto"

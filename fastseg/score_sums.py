@@ -16,7 +16,7 @@ from fastseg_kernels.constants import CURVE_BINS
 
 @dataclass(frozen=True)
 class LabelScores:
-    """Counts of regions of label volumes; predictions may be scores of classes, (C, *spatial).
+    """Counts of regions of label volumes; predictions may be scores of classes, ``(C, *spatial)``.
 
     What `fastseg.blocks.statistics_per_block` asks of what sums up. Of scores the class with the
     largest is predicted.
@@ -94,8 +94,8 @@ def _integers(labels: NDArray[Any], name: str) -> NDArray[Any]:
 class ProbabilityScores:
     """Counts of one class from logits or probabilities; integers are stored probabilities.
 
-    ``channel``: predictions are (1, *spatial). ``guessed``: nobody said that they are logits, and
-    those that look like labels are refused.
+    ``channel``: predictions are ``(1, *spatial)``. ``guessed``: nobody said that they are logits,
+    and those that look like labels are refused.
     """
 
     kind: Literal["logits", "probs"]

@@ -409,6 +409,15 @@ def concatenate_statistics(statistics: Iterable[Statistics]) -> Statistics:
     ValueError
         If there are none, if they hold different columns or numbers of classes, or if two of them
         name the same sample.
+
+    Examples
+    --------
+    >>> import numpy as np, fastseg as fs
+    >>> loss, x, p = fs.SoftDice(), np.zeros((1, 1, 4)), np.array([[[1, 1, 0, 0]]])
+    >>> first, second = (loss.statistics(x, p, samples=name) for name in ("case 1", "case 2"))
+    >>> both = fs.concatenate_statistics([first, second])
+    >>> both.samples, float(loss.value(both))
+    (('case 1', 'case 2'), 0.5)
     """
     parts = list(statistics)
     if not parts:

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = ["UnreadableError", "Volume", "block_shape", "blocks"]
+
 BLOCK_VOXELS = 2**24
 """Voxels that a block holds where nobody says: 64 MB of float32."""
 MOST_OF_DEFLATE = 1032
@@ -42,7 +44,17 @@ NEEDS = {"zarr": ["zarr"], "hdf5": ["h5py"], "nifti": ["nibabel"], "tiff": ["tif
 
 
 class UnreadableError(ValueError):
-    """A file that is no volume, or not a whole one; the message names it."""
+    """A file that is no volume, or not a whole one; the message names it.
+
+    Examples
+    --------
+    >>> import fastseg.stores
+    >>> try:
+    ...     fastseg.stores.Volume("absent.npy")
+    ... except fastseg.stores.UnreadableError as error:
+    ...     print(error)
+    absent.npy does not exist
+    """
 
 
 class Opened(NamedTuple):
@@ -368,6 +380,12 @@ def block_shape(array: Any, axes: int | None = None, voxels: int = BLOCK_VOXELS)
         How many of its last axes are cut; all by default.
     voxels
         That a block shall hold at most, unless one chunk has more.
+
+    Examples
+    --------
+    >>> import numpy as np, fastseg.stores
+    >>> fastseg.stores.block_shape(np.zeros((40, 30, 20)), voxels=6000)
+    (10, 30, 20)
     """
     axes = len(array.shape) if axes is None else axes
     shape = tuple(array.shape)[len(array.shape) - axes :]
@@ -397,6 +415,13 @@ def count_blocks(shape: Sequence[int], block: Sequence[int]) -> int:
 
 
 def blocks(shape: Sequence[int], block: Sequence[int]) -> Iterator[INDEX]:
-    """Yield the slices of all blocks in their order."""
+    """Yield the slices of all blocks in their order.
+
+    Examples
+    --------
+    >>> import fastseg.stores
+    >>> [index[0] for index in fastseg.stores.blocks((5, 4), (2, 4))]
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
     for number in range(count_blocks(shape, block)):
         yield block_at(shape, block, number)

@@ -93,6 +93,18 @@ class Term(Loss):
     class_weights
         One factor per class of the logits, or None. The mean still divides by the number of
         classes (or voxels), not by the sum of the factors.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For an option that is out of its range or of another kind; the message names it.
+
+    Examples
+    --------
+    >>> import fastseg as fs
+    >>> loss = 0.5 * fs.BCE() + fs.SoftDice(include_background=False)
+    >>> [(weight, type(term).__name__) for weight, term in loss.parts]
+    [(0.5, 'BCE'), (1.0, 'SoftDice')]
     """
 
     classes: tuple[int, ...] | None = None
@@ -460,6 +472,20 @@ class RegionTerm(Term):
         "one" (loss 0), "zero", or "skip" (left out of the mean).
     classes, class_weights
         See `Term`.
+
+    Examples
+    --------
+    The share of the foreground that is missed, F / P:
+
+    >>> import numpy as np, fastseg as fs
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True, repr=False)
+    ... class MissedShare(fs.RegionTerm):
+    ...     ERRORS = (1.0, 0.0)
+    ...     SIZES = (1.0, 0.0, 0.0)
+    >>> probs, targets = np.array([[[0.25, 1.0, 0.5]]]), np.array([[[1, 1, 0]]])
+    >>> float(MissedShare().replace(activation=None)(probs, targets))
+    0.375
     """
 
     form: Form = "product"

@@ -1,10 +1,11 @@
-"""The code of the README and of two pages runs as printed; commands are where CI looks."""
+"""The code of the README and of the manual runs as printed; commands are where CI looks."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -13,18 +14,24 @@ from test_terms import variants
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
-PAGES = TEXT + "".join(
-    (ROOT / "docs" / f"{name}.md").read_text()
-    for name in ("losses", "petavoxel", "trainers", "volumes")
-)
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGES, re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+BLOCKS = [
+    pytest.param(
+        textwrap.dedent(code),
+        marks=[pytest.mark.gpu] if "cuda" in code and "cupy" not in code else [],
+        id=f"{page.stem}-{number}",
+    )
+    for page in PAGES
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+]
 
 
 def test_there_is_code():
-    assert len(BLOCKS) >= 4
+    pages = {str(param.id).partition("-")[0] for param in BLOCKS}
+    assert {"README", "quickstart", "embedding", "trainers", "volumes", "losses"} <= pages
 
 
-@pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
+@pytest.mark.parametrize("code", BLOCKS)
 def test_code_block_runs(code, tmp_path, monkeypatch, capsys, request):
     monkeypatch.chdir(tmp_path)
     if "import cupy" in code:

@@ -56,8 +56,8 @@ def jdt_jml(
     active_classes_mode_hard, active_classes_mode_soft
         "PRESENT": classes without foreground are left out of the means; "ALL": they are not.
     soft_label
-        Whether targets are soft, (N, C, *spatial), and not class indices. JDTLosses tells by their
-        dtype; which classes are active by default, and which sums are made, depends on it.
+        Whether targets are soft, ``(N, C, *spatial)``, and not class indices. JDTLosses tells by
+        their dtype; which classes are active by default, and which sums are made, depends on it.
 
     Notes
     -----

@@ -47,8 +47,9 @@ def monai_dice(
         As in MONAI: ``soft_label`` puts (P + Q - sum of abs(p - q)) / 2 for I, ``squared_pred``
         sums of squares for P and Q.
     to_onehot_y
-        With softmax True and False are the same: targets are class indices or (N, C, *spatial), by
-        their shape. Else it must be False: targets have the shape of the logits.
+        With softmax True and False are the same: targets are class indices or
+        ``(N, C, *spatial)``, by their shape. Else it must be False: targets have the shape of the
+        logits.
     sigmoid, softmax
         One of them, or neither for probabilities.
     other_act

@@ -115,8 +115,8 @@ def smp_tversky(
     Parameters
     ----------
     mode
-        "binary": logits (N, 1, *spatial). "multiclass": softmax, with class indices as targets.
-        "multilabel": targets (N, C, *spatial).
+        "binary": logits ``(N, 1, *spatial)``. "multiclass": softmax, with class indices as targets.
+        "multilabel": targets ``(N, C, *spatial)``.
     classes
         The classes that count, each once; None with "binary".
     log_loss
@@ -290,8 +290,9 @@ def smp_lovasz(
     Parameters
     ----------
     mode
-        "binary": logits (N, 1, *spatial). "multilabel": logits and targets (N, C, *spatial), all of
-        whose classes are sorted together, as the peer does: the loss has ``layout="N"``.
+        "binary": logits ``(N, 1, *spatial)``. "multilabel": logits and targets
+        ``(N, C, *spatial)``, all of whose classes are sorted together, as the peer does: the loss
+        has ``layout="N"``.
         "multiclass": class indices as targets.
     per_image
         Whether each image has a loss of its own. One without a voxel that counts is left out of

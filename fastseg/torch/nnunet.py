@@ -18,6 +18,8 @@ import torch
 from fastseg import presets
 from fastseg.torch.modules import DeepSupervision, Loss
 
+__all__ = ["TRAINERS", "build_loss"]
+
 TRAINERS = Path(__file__).parent / "nnunet_trainers"
 """The folder for ``nnUNet_extTrainer``."""
 
@@ -51,6 +53,19 @@ def build_loss(trainer: Any) -> torch.nn.Module:
     -----
     In several processes the sums of all are combined where nnU-Net does it for the Dice score,
     with ``batch_dice``; the cross-entropy is then the mean over all of their voxels, too.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> import fastseg.torch.nnunet as n
+    >>> trainer = SimpleNamespace(
+    ...     label_manager=SimpleNamespace(has_regions=False, ignore_label=None),
+    ...     configuration_manager=SimpleNamespace(batch_dice=True),
+    ...     is_ddp=False,
+    ...     enable_deep_supervision=False,
+    ... )
+    >>> type(n.build_loss(trainer)).__name__
+    'Loss'
     """
     labels, batch_dice = trainer.label_manager, bool(trainer.configuration_manager.batch_dice)
     group = True if trainer.is_ddp and batch_dice else None

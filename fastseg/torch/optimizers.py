@@ -290,7 +290,7 @@ class Adam(_AdamStep, torch.optim.Adam):
     ----------
     max_norm : float, optional
         Clip (if infinite: measure) the norm of all gradients of all groups together to it, as
-        torch.nn.utils.clip_grad_norm_ would, for one more reading of the gradients instead of a
+        ``torch.nn.utils.clip_grad_norm_`` would, for one more reading of the gradients instead of a
         reading and a pass over them. After a step ``grad_norm`` is what the norm was: a tensor for
         which nobody has waited.
     skip_non_finite : bool
@@ -325,11 +325,33 @@ class Adam(_AdamStep, torch.optim.Adam):
 
 
 class AdamW(_AdamStep, torch.optim.AdamW):
-    """torch.optim.AdamW; beside its arguments those of `Adam`."""
+    """torch.optim.AdamW; beside its arguments those of `Adam`.
+
+    Examples
+    --------
+    >>> import torch, fastseg.torch
+    >>> weights = torch.nn.Parameter(torch.ones(3))
+    >>> opt = fastseg.torch.AdamW([weights], lr=0.1, weight_decay=0.5)
+    >>> weights.sum().backward()
+    >>> opt.step()
+    >>> weights.data  # 0.1 down, and by a twentieth before
+    tensor([0.8500, 0.8500, 0.8500])
+    """
 
 
 class SGD(_Step, torch.optim.SGD):
-    """torch.optim.SGD, with momentum or without; beside its arguments those of `Adam`."""
+    """torch.optim.SGD, with momentum or without; beside its arguments those of `Adam`.
+
+    Examples
+    --------
+    >>> import torch, fastseg.torch
+    >>> weights = torch.nn.Parameter(torch.ones(3))
+    >>> opt = fastseg.torch.SGD([weights], lr=0.5, momentum=0.9)
+    >>> weights.sum().backward()
+    >>> opt.step()
+    >>> weights.data
+    tensor([0.5000, 0.5000, 0.5000])
+    """
 
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return () if group["momentum"] == 0 else ("momentum_buffer",)
