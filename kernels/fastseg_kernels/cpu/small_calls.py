@@ -107,7 +107,7 @@ class SmallCall:
         first = plan if self.kept else plan_of(problem.arrangement, None)
         self._statistics = call_of_statistics(problem.arrangement, first, families, self.kept)
         self._gradient = call_of_gradient(plan, own, self.kept)
-        self._table, self._tasks, self._call = table, plan.tasks, whole_kernel().call
+        self._table, self._tasks, self._whole = table, plan.tasks, whole_kernel()
         self._shape = (*problem.shape[:2], len(columns(families)))
         self._free: list[_State] = []
 
@@ -152,6 +152,10 @@ class SmallCall:
             pieces["values"].view(np.float64).reshape(shape),
         )
 
+    def compute(self, address: int) -> None:
+        """Run the kernels that a record is of."""
+        self._whole.call(address, 0, 0)
+
     def __call__(
         self, problem: Problem, out: View, factor: float
     ) -> tuple[NDArray[np.float64], NDArray[np.float64] | np.float64 | None]:
@@ -164,7 +168,7 @@ class SmallCall:
         except IndexError:
             state = self._new_state()
         _CALL.pack_into(state.buffer, 0, *problem.addresses, out.address, factor)
-        self._call(state.address, 0, 0)
+        self.compute(state.address)
         invalid, first = _ANSWER.unpack_from(state.buffer, _CALL.size)
         sums, value = state.sums.copy(), None
         if not invalid:

@@ -53,7 +53,7 @@ SUMS, FIELDS = len(PICKED), len(TERM_FIELDS)
 EVALUATION = np.dtype(
     [
         ("terms", np.int64),  # address of float64 (number of terms, TERM_FIELDS)
-        ("kernels", np.int64),  # address of int64 (number of terms): those of `Work`
+        ("kernels", np.int64),  # address of int64 (number of terms): which kernel evaluates each
         ("number", np.int64),
         ("class_weights", np.int64),  # address of float64 (number of terms, classes)
         ("picked", np.int64),  # address of int64 (PICKED): their columns
