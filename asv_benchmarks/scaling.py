@@ -126,7 +126,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         title="BCE + soft Jaccard, float16 logits, uint8 targets",
     )
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

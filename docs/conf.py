@@ -36,12 +36,16 @@ html_theme = "pydata_sphinx_theme"
 html_title = f"fastseg {release}"
 html_show_sourcelink = False
 html_theme_options = {
+    "header_links_before_dropdown": 8,
+    "navbar_align": "left",
     "navigation_with_keys": False,
     "show_toc_level": 2,
     "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],
     "footer_end": [],
 }
-html_sidebars = {"**": ["sidebar-nav-bs"]}
+html_sidebars = {  # of pages that have none beside them
+    page: [] for page in ("index", "quickstart", "losses", "mathematics", "performance", "numerics")
+}
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
