@@ -30,7 +30,6 @@ numpydoc_show_class_members = False
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-suppress_warnings = ["myst.xref_missing"]  # links into the repository, from pages that live there
 
 html_theme = "pydata_sphinx_theme"
 html_title = f"fastseg {release}"

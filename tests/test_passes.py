@@ -254,8 +254,9 @@ def test_masks_of_any_dtype_leave_out_what_is_stored_there(weighted):
 OTHER_WAY = """
 import hashlib, sys
 import numpy as np
-from fastseg_kernels.cpu import halves, points, tiles
+from fastseg_kernels.cpu import halves, passes, points, tiles
 points.HAS_MASKS = tiles.HAS_MASKS = points.HAS_MASKS != flip
+passes.KEEPS = not points.HAS_MASKS
 halves.HAS_HALF = halves.HAS_HALF and not flip
 import fastseg as fs
 rng = np.random.default_rng(0)
@@ -272,7 +273,7 @@ print(digest.hexdigest())
 
 
 def test_the_same_bits_come_by_the_ways_of_other_cpus():
-    """With masks or without, in one loop or two, with the CPU's float16 or in integers."""
+    """With masks or without, in one loop or two, kept or not, with F16C or in integers."""
     environment = os.environ | {"FASTSEG_CACHE_DIR": ""}
     said = [
         subprocess.run(

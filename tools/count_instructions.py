@@ -3,10 +3,11 @@
     python tools/count_instructions.py
 
 Moves between registers and memory are left out: they take no place in the two ports that compute. A
-division of 512 bits counts as three, as it does there on Intel's CPUs (uops.info). Numbers are per
-16 voxels of float32 logits with labels of one byte, and per 16 parameters of Adam with moments of
-bfloat16, for the CPU of this machine. From the first, and from the rate of multiplications that
-wait for nothing, follows the time that a voxel takes at least, however it is stored.
+division or a root of 512 bits counts as three, as it does there on Intel's CPUs (uops.info).
+Numbers are per 16 voxels of float32 logits with labels of one byte, and per 16 parameters of Adam
+with moments of bfloat16, for the CPU of this machine. From the first, and from the rate of
+multiplications that wait for nothing, follows the time that a voxel takes at least, however it is
+stored.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from fastseg_kernels.cpu.tiles import LANES, TILE, sums_kernel
 from fastseg_kernels.cpu.update_kernels import update_kernel
 
 VARIANT = Variant("float32", "binary", "sigmoid", frozenset({"bce", "overlap"}))
-NO_ARITHMETIC = re.compile(r"vmov[^{]*$|vbroadcast|vzeroupper")  # under a mask a move computes
+# A move between registers computes where it is under a mask.
+NO_ARITHMETIC = re.compile(r"vmov[^{]*$|vmov.*\(|vbroadcast|vzeroupper")
 WIDTH = 16 if HAS_MASKS else 8  # float32 in a vector
 CHAINS = 12  # that do not wait for each other: more than a multiplication takes cycles, twice
 
@@ -53,7 +55,7 @@ def loops(assembly: str) -> list[list[str]]:
 def arithmetic(body: list[str]) -> int:
     """Count the vector and mask instructions that compute."""
     counted = sum(entry[0] in "vk" and not NO_ARITHMETIC.match(entry) for entry in body)
-    return counted + 2 * sum(bool(re.match(r"vdivp.*%zmm", entry)) for entry in body)
+    return counted + 2 * sum(bool(re.match(r"v(div|sqrt)p.*%zmm", entry)) for entry in body)
 
 
 def divisions(body: list[str]) -> int:

@@ -259,7 +259,7 @@ def _slopes_of_kept(families: frozenset[str]) -> bool:
 def keeps(problem: Problem, families: frozenset[str], out: View) -> bool:
     """Tell whether the statistics may keep in ``out`` what `gradient` then makes a gradient of.
 
-    ``families``: the loss's. It is worth it while ``out`` lies in the caches afterwards.
+    ``families``: the loss's.
     """
     plan = plan_of(problem.arrangement, out.layout)
     if not plan.keeps or out.address == problem.addresses[0]:
