@@ -358,6 +358,8 @@ def test_importing_the_command_line_imports_no_extra() -> None:
 # bench
 
 
+# What MONAI cannot import for a warning, it does without as long as the process lives.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_bench_times_and_draws(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, out, err = call(capsys, "bench", "--quick", "--out", str(tmp_path))
     assert (code, err) == (0, "")

@@ -37,6 +37,13 @@ TERM_KERNELS: dict[str, Callable[[], Kernel]] = {
 """What evaluates a term of each of `constants.KINDS`."""
 
 
+def _term_kernel(kind: int) -> Kernel:
+    name = dict(enumerate(KINDS)).get(kind, kind)
+    if name not in TERM_KERNELS:
+        raise NotImplementedError(f"no kernel evaluates terms of the kind {name!r}")
+    return TERM_KERNELS[name]()
+
+
 @cache
 def evaluation_kernel() -> Kernel:
     """Compile ``evaluate(record, unused, unused)`` of an `EVALUATION`."""
@@ -99,8 +106,7 @@ def prepare(
     reduction
         Index into `constants.REDUCTIONS`.
     """
-    addresses = [TERM_KERNELS[KINDS[int(kind)]]().address for kind in terms[:, KIND]]
-    kernels = np.array(addresses, np.int64)
+    kernels = np.array([_term_kernel(int(kind)).address for kind in terms[:, KIND]], np.int64)
     owners = tuple(map(np.ascontiguousarray, (terms, kernels, class_weights, columns)))
     of_terms, of_kernels, of_weights, of_columns = (own_address(array) for array in owners)
     width = COEFFICIENTS + more_coefficients(terms)
