@@ -227,19 +227,20 @@ def seconds_per_call(call: Call, count: int = 300, batches: int = 15) -> float:
 def seconds_in_kernels(call: Call) -> float:
     """Return the time that one call spends in its kernels, each run again and again for it."""
     seconds = []
-    run, small = kernel_threads.run, small_calls.SmallCall.compute
+    run, whole = kernel_threads.run, small_calls.whole_kernel()
+    at_once = whole.call
 
     def measured(*job: Any) -> None:
         seconds.append(seconds_per_call(lambda: run(*job)))
 
-    def measured_at_once(self: Any, address: int) -> None:
-        seconds.append(seconds_per_call(lambda: small(self, address)))
+    def measured_at_once(*job: int) -> None:
+        seconds.append(seconds_per_call(lambda: at_once(*job)))
 
-    kernel_threads.run, small_calls.SmallCall.compute = measured, measured_at_once
+    kernel_threads.run, whole.call = measured, measured_at_once
     try:
         call()
     finally:
-        kernel_threads.run, small_calls.SmallCall.compute = run, small
+        kernel_threads.run, whole.call = run, at_once
     return sum(seconds)
 
 

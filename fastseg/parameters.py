@@ -302,7 +302,7 @@ def _memory_of(views: list[View], sizes: NDArray[np.uint64] | None = None) -> Me
     if sizes is None:
         items = (prod(view.shape) * ITEM_SIZES[view.dtype] for view in views)
         sizes = np.fromiter(items, np.uint64, len(views))
-    order = np.lexsort((sizes, starts))
+    order = np.argsort(starts, kind="stable")
     order = order[sizes[order] > 0]
     return Memory(sizes, starts[order], starts[order] + sizes[order], order)
 

@@ -549,6 +549,14 @@ def shifted():
     return np.zeros(17, np.uint8)[1:].view(np.float32)
 
 
+def test_a_gradient_between_elements_is_refused():
+    """Its layout is that of its parameter, where it begins is not."""
+    opt = Adam(np.zeros(4, np.float32))
+    opt.step(np.ones(4, np.float32))
+    with pytest.raises(ValueError, match=r"grads\[0\] must be a plain array aligned"):
+        opt.step(shifted())
+
+
 BAD_PARAMS = [
     (lambda p: [], ValueError, "params must have at least one array, got none"),
     (lambda p: [p[0], [1.0]], TypeError, r"params\[1\] must be an array of NumPy, CuPy or PyTorch"),

@@ -266,7 +266,7 @@ def test_a_kind_without_a_kernel_is_refused():
 
     for reduction in ("mean", "none"):
         loss = (fs.SoftJaccard() + Unknown()).replace(reduction=reduction)
-        with pytest.raises(NotImplementedError, match="no kernel evaluates terms of the kind 6"):
+        with pytest.raises(NotImplementedError, match="no kernel evaluates terms of the kind '6'"):
             loss.value_and_grad(np.zeros((1, 1, 3)), np.ones((1, 1, 3), bool))
 
 

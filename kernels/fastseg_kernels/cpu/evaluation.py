@@ -38,7 +38,7 @@ TERM_KERNELS: dict[str, Callable[[], Kernel]] = {
 
 
 def _term_kernel(kind: int) -> Kernel:
-    name = dict(enumerate(KINDS)).get(kind, kind)
+    name = KINDS[kind] if kind < len(KINDS) else str(kind)
     if name not in TERM_KERNELS:
         raise NotImplementedError(f"no kernel evaluates terms of the kind {name!r}")
     return TERM_KERNELS[name]()

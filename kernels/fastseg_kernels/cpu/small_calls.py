@@ -152,10 +152,6 @@ class SmallCall:
             pieces["values"].view(np.float64).reshape(shape),
         )
 
-    def compute(self, address: int) -> None:
-        """Run the kernels that a record is of."""
-        self._whole.call(address, 0, 0)
-
     def __call__(
         self, problem: Problem, out: View, factor: float
     ) -> tuple[NDArray[np.float64], NDArray[np.float64] | np.float64 | None]:
@@ -168,7 +164,7 @@ class SmallCall:
         except IndexError:
             state = self._new_state()
         _CALL.pack_into(state.buffer, 0, *problem.addresses, out.address, factor)
-        self.compute(state.address)
+        self._whole.call(state.address, 0, 0)
         invalid, first = _ANSWER.unpack_from(state.buffer, _CALL.size)
         sums, value = state.sums.copy(), None
         if not invalid:

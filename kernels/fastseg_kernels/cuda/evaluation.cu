@@ -1,8 +1,9 @@
 // From the sums to the value and the coefficients of the gradient: the table of terms.
 //
-// As ../cpu/evaluation.py and what it calls, function by function, by one block, so that the host need not wait for
-// the sums. A thread takes whole rows of the sums; what is added up over rows is added up in one
-// order. Where a target was invalid, the value and all coefficients are NaN: nobody is told sooner.
+// As ../cpu/evaluation.py and what it calls, function by function, by one block, so that the host
+// need not wait for the sums. A thread takes whole rows of the sums; what is added up over rows is
+// added up in one order. Where a target was invalid, the value and all coefficients are NaN: nobody
+// is told sooner.
 #include "operands.cuh"
 #include "reduction.cuh"
 
