@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 class UpdateTable(Protocol):
     """The arrays of an optimiser as a backend keeps them, so that a step costs one launch."""
 
-    def set_params(self, params: Sequence[View]) -> None:
+    def set_params(self, addresses: NDArray[np.int64]) -> None:
         """Point the table at parameters of the same sizes and dtypes."""
 
-    def set_grads(self, grads: Sequence[View]) -> None:
+    def set_grads(self, addresses: NDArray[np.int64]) -> None:
         """Point the table at the gradients of this step."""
 
     def norm(self) -> Any:
@@ -54,8 +54,11 @@ class SmallCall(Protocol):
     kept: bool
     """Whether ``out`` may not be the logits."""
 
-    def __call__(self, problem: Problem, out: View, factor: float) -> tuple[Any, Any]:
-        """Write the gradient to ``out``; return the sums and the value (None: see the sums)."""
+    def __call__(self, addresses: Sequence[int], out: int, factor: float) -> tuple[Any, Any]:
+        """Write the gradient to ``out``; return the sums and the value (None: see the sums).
+
+        Addresses are of arrays of these layouts, in the order of `Problem.addresses`.
+        """
 
 
 class Backend(Protocol):

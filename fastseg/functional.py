@@ -6,7 +6,7 @@ from typing import Any
 
 from fastseg.dispatch import backend_of
 from fastseg.libraries import common_library
-from fastseg.problems import check_distinct, check_out_dtype, share_memory
+from fastseg.outputs import check_distinct, check_out_dtype, share_memory
 from fastseg_kernels.constants import FLOAT_DTYPES
 
 

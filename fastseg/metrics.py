@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastseg.dispatch import backend_of
+from fastseg.invalid_values import raise_for_invalid
 from fastseg.libraries import Library, common_library
 from fastseg.options import Options
 from fastseg.problems import (
@@ -19,7 +20,6 @@ from fastseg.problems import (
     is_representable,
     make_problem,
     matched,
-    raise_for_invalid,
     stand_in,
     with_row_axes,
 )

@@ -6,6 +6,7 @@ Nothing here computes; what does not fit raises before anything is written.
 from __future__ import annotations
 
 import sys
+from ctypes import addressof, c_char
 from functools import lru_cache
 from math import inf, prod
 from numbers import Real
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastseg.libraries import Library, known_layout, library_of, numpy_address
+from fastseg.libraries import Library, library_of, numpy_address
 from fastseg_kernels.constants import FLOAT_DTYPES, ITEM_SIZES
 from fastseg_kernels.views import View
 
@@ -48,7 +49,9 @@ def watched_tensors(arrays: Any) -> list[Any]:
     NumPy's and CuPy's arrays cannot be moved while they are referenced, as they are here; of others
     with ``__cuda_array_interface__`` nothing is known, see `may_move`.
     """
-    others = (array for array in arrays if type(array) is not np.ndarray)  # the usual case is quick
+    if {*map(type, arrays)} == {np.ndarray}:
+        return []  # the usual case, quickly
+    others = (array for array in arrays if type(array) is not np.ndarray)
     return [array for array in others if library_of(array, "array").name == "torch"]
 
 
@@ -172,7 +175,7 @@ def check_params(params: tuple[Any, ...]) -> tuple[list[View], Memory]:
         views.append(view)
     check_one_device(params)
     memory = _memory_of(views)
-    _check_apart(memory, "params", "would be updated twice; pass every array once")
+    _check_apart(memory.spans, "params", "would be updated twice; pass every array once")
     return views, memory
 
 
@@ -201,37 +204,43 @@ def check_grads(
     libraries: list[Library],
     device: str,
     zero_grads: bool,
-) -> list[View]:
-    """Return a view of every gradient; raise where one does not fit its parameter."""
+) -> NDArray[np.int64]:
+    """Return the address of every gradient; raise where one does not fit its parameter."""
     if len(grads) != len(params):
         raise ValueError(f"grads must have one array per param ({len(params)}), got {len(grads)}")
-    views = _plain_views(grads, params, zero_grads)
-    if views is None:
+    addresses = _plain_addresses(grads, memory, zero_grads)
+    if addresses is None:
         views = [view_of(grad, f"grads[{i}]", writable=zero_grads) for i, grad in enumerate(grads)]
         _check_kinds(grads, views, params, libraries, device)
+        addresses = addresses_of(views)
     if zero_grads:
         consequence = "would be zeroed before it is read twice; pass copies"
-        _check_apart(_memory_of(views, memory.sizes), "grads", consequence)
-    if len(memory.starts):
-        _check_beside(views, memory)
-    return views
+        _check_apart(_spans(addresses, memory.sizes), "grads", consequence)
+    if len(memory.spans.starts):
+        _check_beside(addresses, memory)
+    return addresses
 
 
-def _plain_views(grads: list[Any], params: list[View], writable: bool) -> list[View] | None:
-    """Return views of NumPy's arrays that lie as their parameters do; None where one may not.
+_lies = attrgetter("dtype", "shape", "strides")
 
-    In a third of the time: what holds of a parameter's layout holds of a gradient's that has it.
+
+def _plain_addresses(grads: list[Any], memory: Memory, writable: bool) -> NDArray[np.int64] | None:
+    """Return where NumPy's arrays lie that are as their parameters are; None where one may not be.
+
+    In a sixth of the time: what holds of a parameter's layout holds of a gradient's that has it,
+    and there is no step of Python's for each of them.
     """
-    views = []
-    for grad, param in zip(grads, params, strict=True):
-        layout, plain = param.layout, type(grad) is type(param.owner) is np.ndarray
-        if not plain or known_layout(grad) is not layout:
+    if memory.plain is None or {*map(type, grads)} != {np.ndarray}:
+        return None
+    if [*map(_lies, grads)] != memory.plain:
+        return None
+    try:
+        addresses = np.fromiter(map(addressof, map(c_char.from_buffer, grads)), np.int64)
+    except (TypeError, ValueError, BufferError):  # some are strided, read-only or empty
+        if writable and not all(grad.flags.writeable for grad in grads):
             return None
-        address = numpy_address(grad)
-        if address % ITEM_SIZES[layout.dtype] or (writable and not grad.flags.writeable):
-            return None
-        views.append(View(address, layout, grad))
-    return views
+        addresses = np.fromiter(map(numpy_address, grads), np.int64)
+    return None if np.any(addresses % memory.item_sizes) else addresses
 
 
 def _check_kinds(
@@ -253,14 +262,14 @@ def _check_kinds(
             raise TypeError(f"grads[{i}] must be on the device of params, {device}, got {where}")
 
 
-def _check_beside(views: list[View], memory: Memory) -> None:
+def _check_beside(starts: NDArray[np.int64], memory: Memory) -> None:
     """Raise where a gradient shares memory with a parameter."""
-    starts = _addresses(views)
     # The last parameter that starts before the gradient's end alone can reach into it.
-    nearest = np.searchsorted(memory.starts, starts + memory.sizes) - 1
-    reaches = (nearest >= 0) & (memory.ends[nearest] > starts) & (memory.sizes > 0)
+    spans, sizes = memory.spans, memory.sizes
+    nearest = np.searchsorted(spans.starts, starts + sizes) - 1
+    reaches = (nearest >= 0) & (spans.ends[nearest] > starts) & (sizes > 0)
     for i in np.flatnonzero(reaches)[:1]:
-        its = f"params[{memory.owners[nearest[i]]}]"
+        its = f"params[{spans.owners[nearest[i]]}]"
         raise ValueError(f"grads[{i}] shares memory with {its}; pass a copy")
 
 
@@ -283,32 +292,47 @@ def _check_fits(i: int, view: View, param: View, library: Library, its_library: 
         )
 
 
-class Memory(NamedTuple):
-    """Where arrays lie: sizes in bytes, and the spans of those with elements, by address."""
+class Spans(NamedTuple):
+    """Where arrays lie that have elements, by address."""
 
-    sizes: NDArray[np.uint64]  # of all, in their order
-    starts: NDArray[np.uint64]
-    ends: NDArray[np.uint64]  # the byte after the last
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]  # the byte after the last
     owners: NDArray[np.intp]  # which arrays these are
 
 
-def _addresses(views: list[View]) -> NDArray[np.uint64]:
-    return np.array([view.address for view in views], np.uint64)
+class Memory(NamedTuple):
+    """Where parameters lie, and what their gradients must have in common with them."""
+
+    sizes: NDArray[np.int64]  # of all, in their order, in bytes
+    item_sizes: NDArray[np.int64]
+    spans: Spans
+    plain: list[Any] | None  # how each lies, if all are plain NumPy arrays
 
 
-def _memory_of(views: list[View], sizes: NDArray[np.uint64] | None = None) -> Memory:
-    """Return where arrays lie; ``sizes`` where they are known."""
-    starts = _addresses(views)
-    if sizes is None:
-        items = (prod(view.shape) * ITEM_SIZES[view.dtype] for view in views)
-        sizes = np.fromiter(items, np.uint64, len(views))
+def addresses_of(views: list[View]) -> NDArray[np.int64]:
+    """Return where arrays begin."""
+    return np.array([view.address for view in views], np.int64)
+
+
+def _memory_of(views: list[View]) -> Memory:
+    """Return where parameters lie."""
+    items = np.array([ITEM_SIZES[view.dtype] for view in views], np.int64)
+    sizes = items * np.array([prod(view.shape) for view in views], np.int64)
+    owners: list[Any] = [view.owner for view in views]
+    plain = {*map(type, owners)} == {np.ndarray}
+    lies = [*map(_lies, owners)] if plain else None
+    return Memory(sizes, items, _spans(addresses_of(views), sizes), lies)
+
+
+def _spans(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> Spans:
+    """Return the spans of arrays by address."""
     order = np.argsort(starts, kind="stable")
     order = order[sizes[order] > 0]
-    return Memory(sizes, starts[order], starts[order] + sizes[order], order)
+    return Spans(starts[order], starts[order] + sizes[order], order)
 
 
-def _check_apart(memory: Memory, what: str, consequence: str) -> None:
+def _check_apart(spans: Spans, what: str, consequence: str) -> None:
     """Raise if two arrays share memory."""
-    for k in np.flatnonzero(memory.starts[1:] < memory.ends[:-1])[:1]:
-        first, second = sorted(memory.owners[k : k + 2])
+    for k in np.flatnonzero(spans.starts[1:] < spans.ends[:-1])[:1]:
+        first, second = sorted(spans.owners[k : k + 2])
         raise ValueError(f"{what}[{second}] shares memory with {what}[{first}] and {consequence}")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastseg.curves import JaccardCurve, curve_of
-from fastseg.problems import invalid_message
+from fastseg.invalid_values import invalid_message
 from fastseg.scores import dice_from_counts, jaccard_from_counts, reduce_scores
 from fastseg_kernels.constants import (
     BASE_COLUMNS,

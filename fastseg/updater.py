@@ -19,6 +19,7 @@ from fastseg.dispatch import UpdateTable, backend_of
 from fastseg.libraries import device_number, library_of
 from fastseg.parameters import (
     Gradients,
+    addresses_of,
     check_grads,
     check_params,
     checked_number,
@@ -181,15 +182,15 @@ class Updater:
             )
         if moved:
             self._check_same_layouts(views)
-        grad_views = check_grads(grads, views, memory, self.libraries, self.device, zero_grads)
+        grad_addresses = check_grads(grads, views, memory, self.libraries, self.device, zero_grads)
         if self._table is None:
             states = [self.states[name] for name in self.state_names]
             masters = self.states.get(MASTER) or [None] * len(views)
             self._table = self.backend.update_table(views, states, masters, self.small_states)
         if moved:
-            self._table.set_params(views)
+            self._table.set_params(addresses_of(views))
         self.views, self._memory, self._places = views, memory, places
-        self._table.set_grads(grad_views)
+        self._table.set_grads(grad_addresses)
         watched = watched_tensors(grads)
         holds_graph = any(tensor.requires_grad for tensor in watched)  # and all that it saved
         if memory.sizes.sum() <= HELD_BYTES and not holds_graph:  # gradients are as large

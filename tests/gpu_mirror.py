@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fastseg.problems import _extent
+from fastseg.outputs import extent
 from fastseg_kernels.cuda import Backend
 from fastseg_kernels.problem import Evaluation, Problem
 from fastseg_kernels.updates import Guard, Rule
@@ -57,7 +58,7 @@ class Mirror:
 
 
 def _span(address: int, layout: Layout | None) -> tuple[int, int]:
-    low, high = (0, 0) if layout is None else _extent(layout)
+    low, high = (0, 0) if layout is None else extent(layout)
     return address + low, address + high
 
 
@@ -74,13 +75,17 @@ class MirrorTable:
     ) -> None:
         self.backend, self.states, self.small_states = backend, [*states], small_states
         self.masters = [*masters]
-        self.set_params(params)
-
-    def set_params(self, params: Sequence[View]) -> None:
         self.params = params
 
-    def set_grads(self, grads: Sequence[View]) -> None:
-        self.grads = grads
+    def set_params(self, addresses: NDArray[np.int64]) -> None:
+        self.params = self._moved_to(addresses)
+
+    def set_grads(self, addresses: NDArray[np.int64]) -> None:
+        self.grads = self._moved_to(addresses)  # gradients lie as their parameters do
+
+    def _moved_to(self, addresses: NDArray[np.int64]) -> list[View]:
+        pairs = zip(self.params, addresses.tolist(), strict=True)
+        return [view._replace(address=address) for view, address in pairs]
 
     def norm(self) -> float:
         table, *_ = self._table()
@@ -94,12 +99,9 @@ class MirrorTable:
             [None if array is None else cupy.asarray(array) for array in arrays]
             for arrays in (self.masters, *self.states)
         ]
-        params, grads = (
-            [view._replace(address=mirror[view.address]) for view in views]
-            for views in (self.params, self.grads)
-        )
+        params = [view._replace(address=mirror[view.address]) for view in self.params]
         table = device.update_table(params, states[1:], states[0], self.small_states)
-        table.set_grads(grads)
+        table.set_grads(np.array([mirror[view.address] for view in self.grads], np.int64))
         return table, mirror, states
 
     def update(

@@ -15,6 +15,7 @@ import pytest
 
 import cases
 import fastseg as fs
+import fastseg.formula
 import fastseg.functional
 import fastseg.losses
 import fastseg.metrics
@@ -43,7 +44,7 @@ def in_the_place_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the public package compute by the CUDA backend on the stand-in for a device."""
     for module in PLACES:
         monkeypatch.setattr(module, "backend_of", lambda library, array: BACKEND)
-    monkeypatch.setattr(fastseg.losses, "cpu", lambda: BACKEND)
+    monkeypatch.setattr(fastseg.formula, "cpu", lambda: BACKEND)
 
 
 @pytest.fixture(autouse=True)

@@ -13,13 +13,13 @@ PROGRAM = """
 import sys
 import numpy as np
 import fastseg as fs
-import fastseg.functional, fastseg.losses, fastseg.metrics, fastseg.updater
+import fastseg.formula, fastseg.functional, fastseg.losses, fastseg.metrics, fastseg.updater
 from hostcuda.runtime import host_backend
 
 backend = host_backend()
 for module in (fs.losses, fs.functional, fs.metrics, fs.updater):
     module.backend_of = lambda library, array: backend
-fs.losses.cpu = lambda: backend
+fs.formula.cpu = lambda: backend
 
 rng = np.random.default_rng(0)
 loss = fs.BCE() + fs.SoftJaccard()

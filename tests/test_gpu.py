@@ -19,6 +19,7 @@ import pytest
 
 import cases
 import fastseg as fs
+import fastseg.formula
 import fastseg.functional
 import fastseg.info
 import fastseg.losses
@@ -63,7 +64,7 @@ def rows_run_on_the_device(
     mirror = MirrorBackend(request.getfixturevalue("device"))
     for module in PLACES:
         monkeypatch.setattr(module, "backend_of", lambda library, array: mirror)
-    monkeypatch.setattr(fastseg.losses, "cpu", lambda: mirror)
+    monkeypatch.setattr(fastseg.formula, "cpu", lambda: mirror)
 
 
 def check(got: tuple[Any, Any], expected: tuple[Any, Any]) -> None:

@@ -115,6 +115,37 @@ def test_threads_share_what_is_known_of_a_small_call():
             done.result()
 
 
+def test_a_small_call_that_is_repeated_is_checked_as_the_first_was():
+    """What depends on layouts is remembered; writability, overlaps and values are asked again."""
+    loss, memory = fs.BCE() + fs.SoftJaccard(), np.zeros(3 * 600, np.float32)
+    logits, out, other = memory.reshape(3, 1, 2, 300)
+    logits[...] = np.random.default_rng(0).normal(0, 3, logits.shape)
+    targets = (logits > 1).astype(np.uint8)
+    expected = loss.value_and_grad(logits, targets)
+    for _ in range(2):  # the second is repeated
+        value, grad = loss.value_and_grad(logits, targets, out=out)
+        assert grad is out and value == expected[0] and type(value) is np.float32
+        np.testing.assert_array_equal(out, expected[1])
+        again = loss.value_and_grad(logits, targets)
+        assert again[1] is not expected[1]
+        np.testing.assert_array_equal(again[1], expected[1])
+    assert loss.evaluate(logits, targets, out=out)[2] == loss.statistics(logits, targets)
+    assert loss.value_and_grad(logits * 0, targets, out=out)[0] != value  # not what was computed
+    crossing = memory[300:900].reshape(logits.shape)
+    with pytest.raises(ValueError, match="out must not overlap logits"):
+        loss.value_and_grad(logits, targets, out=crossing)
+    with pytest.raises(ValueError, match="targets must be 0 or 1, got 3"):
+        loss.value_and_grad(logits, targets * 3, out=out)
+    with pytest.raises(ValueError, match="targets must be 0 or 1, got 3"):
+        loss.value_and_grad(logits, targets * 3)
+    other.flags.writeable = False
+    with pytest.raises(ValueError, match="out must be writable"):
+        loss.value_and_grad(logits, targets, out=other)
+    itself, _ = loss.value_and_grad(logits, targets, out=logits)
+    assert itself == value
+    np.testing.assert_array_equal(logits, expected[1])
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 def test_a_small_call_is_the_steps_of_a_large_one(reduction):
     """A scale that is an array, of the value 1, takes the steps one by one."""

@@ -168,7 +168,7 @@ class Cut(NamedTuple):
     """The arrays of one dtype, laid end to end and cut into tasks."""
 
     dtype: str  # of the parameters and gradients
-    indices: list[int]  # which arrays of the list; those without elements are left out
+    indices: NDArray[np.intp]  # which arrays of the list; those without elements are left out
     sizes: NDArray[np.int64]  # elements of each of them
     tasks: NDArray[np.void]  # `TASK`
     length: int  # of the line
@@ -182,7 +182,8 @@ def cut(sizes: Sequence[int], dtypes: Sequence[str], chunk: int, multiple: int =
     """
     parts = []
     for dtype in sorted(set(dtypes)):
-        indices = [i for i, size in enumerate(sizes) if size > 0 and dtypes[i] == dtype]
+        chosen = [i for i, size in enumerate(sizes) if size > 0 and dtypes[i] == dtype]
+        indices = np.array(chosen, np.intp)
         counts = np.array([sizes[i] for i in indices], np.int64)
         places = -(-counts // multiple) * multiple
         ends = np.cumsum(places)

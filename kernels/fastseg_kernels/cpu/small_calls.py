@@ -5,6 +5,7 @@ The kernels are those of large volumes, run one after the other on this thread, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from struct import Struct
 from typing import Any, NamedTuple
@@ -153,9 +154,9 @@ class SmallCall:
         )
 
     def __call__(
-        self, problem: Problem, out: View, factor: float
+        self, addresses: Sequence[int], out: int, factor: float
     ) -> tuple[NDArray[np.float64], NDArray[np.float64] | np.float64 | None]:
-        """Write the gradient to ``out``; return the sums and the value.
+        """Write the gradient to the address ``out``; return the sums and the value.
 
         The value is None, and there is no gradient, where the sums count something invalid.
         """
@@ -163,7 +164,7 @@ class SmallCall:
             state = self._free.pop()
         except IndexError:
             state = self._new_state()
-        _CALL.pack_into(state.buffer, 0, *problem.addresses, out.address, factor)
+        _CALL.pack_into(state.buffer, 0, *addresses, out, factor)
         self._whole.call(state.address, 0, 0)
         invalid, first = _ANSWER.unpack_from(state.buffer, _CALL.size)
         sums, value = state.sums.copy(), None

@@ -27,7 +27,7 @@ class _Part(NamedTuple):
     """The arrays of one dtype: a job whose addresses are those of the other fields."""
 
     dtype: str
-    indices: list[int]  # which arrays of the list; those without elements are left out
+    indices: NDArray[np.intp]  # which arrays of the list; those without elements are left out
     tensors: NDArray[Any]  # one `TENSOR` per index
     tasks: NDArray[Any]
     sums: NDArray[np.float64]  # one per task
@@ -86,17 +86,17 @@ class Table:
             views = (job["zero_grads"], job["skip"], job["step"], job["coefficients"][0])
             fields = (sums, job, *views, job.ctypes.data, part.length)
             self._parts.append(_Part(part.dtype, part.indices, tensors, part.tasks, *fields))
-        self.set_params(params)
+        self.set_params(np.array([view.address for view in params], np.int64))
 
-    def set_params(self, params: Sequence[View]) -> None:
+    def set_params(self, addresses: NDArray[np.int64]) -> None:
         """Point the table at parameters of the same sizes and dtypes as before."""
         for part in self._parts:
-            part.tensors["param"] = [params[i].address for i in part.indices]
+            part.tensors["param"] = addresses[part.indices]
 
-    def set_grads(self, grads: Sequence[View]) -> None:
+    def set_grads(self, addresses: NDArray[np.int64]) -> None:
         """Point the table at the gradients, one per parameter, with its dtype and strides."""
         for part in self._parts:
-            part.tensors["grad"] = [grads[i].address for i in part.indices]
+            part.tensors["grad"] = addresses[part.indices]
 
     def norm(self) -> float:
         """Return the norm of all gradients together, not finite where one of them is not."""

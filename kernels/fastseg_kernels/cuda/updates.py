@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastseg_kernels.constants import DTYPE_CODES
 from fastseg_kernels.cuda.modules import CHUNK, TYPES
@@ -47,7 +48,7 @@ VECTOR = 4
 class _Part:
     """The arrays of one dtype, and copies on the device of what the kernel must know of them."""
 
-    def __init__(self, part: Cut, chunk: int, states: Sequence[Sequence[int]]) -> None:
+    def __init__(self, part: Cut, chunk: int, states: Sequence[NDArray[np.int64]]) -> None:
         self.cut, self.chunk = part, chunk
         self.addresses = {name: np.zeros(len(part.indices), np.int64) for name in TENSOR_FIELDS}
         self.addresses["size"][:] = part.sizes
@@ -55,9 +56,9 @@ class _Part:
         for name, of_state in zip(("master", "first", "second", "third"), states, strict=False):
             self.point(name, of_state)
 
-    def point(self, name: str, addresses: Sequence[int]) -> None:
+    def point(self, name: str, addresses: NDArray[np.int64]) -> None:
         """Set the addresses of a field; its copy is kept if they are the same."""
-        row = np.array([addresses[i] for i in self.cut.indices], np.int64)
+        row = addresses[self.cut.indices]
         if not np.array_equal(row, self.addresses[name]):
             self.addresses[name] = row
             self.copies.pop(name, None)
@@ -87,24 +88,25 @@ class Table:
         self._held = [list(arrays) for arrays in (masters, *states)]
         sizes, dtypes = [prod(view.shape) for view in params], [view.dtype for view in params]
         addresses = [
-            [0 if array is None else device.memory.address(array) for array in arrays]
+            np.array(
+                [0 if array is None else device.memory.address(array) for array in arrays], np.int64
+            )
             for arrays in self._held
         ]
         chunk = CHUNK * max(1, -(-sum(sizes) // (CHUNK * MOST_TASKS)))
         self._parts = [_Part(part, chunk, addresses) for part in cut(sizes, dtypes, chunk, VECTOR)]
         self._stream = 0  # on which the copies were made
-        self.set_params(params)
+        self.set_params(np.array([view.address for view in params], np.int64))
 
-    def set_params(self, params: Sequence[View]) -> None:
+    def set_params(self, addresses: NDArray[np.int64]) -> None:
         """Point the table at parameters of the same sizes and dtypes as before."""
-        self._point("param", params)
+        self._point("param", addresses)
 
-    def set_grads(self, grads: Sequence[View]) -> None:
+    def set_grads(self, addresses: NDArray[np.int64]) -> None:
         """Point the table at the gradients, one per parameter, with its dtype and strides."""
-        self._point("grad", grads)
+        self._point("grad", addresses)
 
-    def _point(self, name: str, views: Sequence[View]) -> None:
-        addresses = [view.address for view in views]
+    def _point(self, name: str, addresses: NDArray[np.int64]) -> None:
         for part in self._parts:
             part.point(name, addresses)
 
