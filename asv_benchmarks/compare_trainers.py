@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from benchmarks.common import Call, interleaved, volume
-from compare import LOSS, machine, ratio, shown, table
+from compare import LOSS, machine
+from tables import ratio, shown, table
 
 import fastseg as fs
 import fastseg.jax

@@ -148,23 +148,15 @@ def compare_losses(size: int, dtype: Any, rounds: int, notes: list[str]) -> list
     logits = arrays[0][0]
     voxels, item = logits.numel(), logits.element_size()
     title = f"2x1x{size}³ {str(dtype).removeprefix('torch.')}"
-    statistics = [LOSS.statistics(x, t) for x, t, _ in arrays]
+    sums = [LOSS.statistics(x, t) for x, t, _ in arrays]
+    statistics = [lambda x=x, t=t: LOSS.statistics(x, t) for x, t, _ in arrays]
+    gradients = [
+        lambda x=x, t=t, o=o, s=s: LOSS.gradient(x, t, s, out=o)
+        for (x, t, o), s in zip(arrays, sums, strict=True)
+    ]
     passes: dict[str, tuple[int, dict[str, Call]]] = {
-        "statistics": (
-            voxels * (item + 1),
-            {"fastseg": in_turns([lambda x=x, t=t: LOSS.statistics(x, t) for x, t, _ in arrays])},
-        ),
-        "gradient": (
-            voxels * (2 * item + 1),
-            {
-                "fastseg": in_turns(
-                    [
-                        lambda x=x, t=t, o=o, s=s: LOSS.gradient(x, t, s, out=o)
-                        for (x, t, o), s in zip(arrays, statistics, strict=True)
-                    ]
-                )
-            },
-        ),
+        "statistics": (voxels * (item + 1), {"fastseg": in_turns(statistics)}),
+        "gradient": (voxels * (2 * item + 1), {"fastseg": in_turns(gradients)}),
     }
     both = [lambda x=x, t=t, o=o: LOSS.value_and_grad(x, t, out=o) for x, t, o in arrays]
     contenders: dict[str, Call] = {
@@ -172,26 +164,7 @@ def compare_losses(size: int, dtype: Any, rounds: int, notes: list[str]) -> list
         "graph": in_turns([recorded(c) for c in both]),
     }
     few = arrays[: 2 if size < 512 else 1]  # peers need much more memory
-    peers: dict[str, Any] = {
-        "eager": by_hand,
-        "torch.compile": torch.compile(by_hand, dynamic=False),
-    }
-    try:
-        from monai.losses import DiceCELoss
-
-        peers["MONAI"] = DiceCELoss(sigmoid=True, jaccard=True)
-    except ImportError:
-        notes.append("MONAI is not installed")
-    for name, loss in peers.items():
-        try:
-            calls = [backward(loss, x, t) for x, t, _ in few]
-            for call in calls:
-                call()
-            contenders[name] = in_turns(calls)
-        except Exception as error:
-            notes.append(
-                f"{name}, {title}: {type(error).__name__}: {str(error).splitlines()[0][:100]}"
-            )
+    contenders.update(peers_of(few, title, notes))
     passes["value_and_grad"] = (voxels * (3 * item + 2), contenders)
     rows = []
     for name, (nbytes, calls) in passes.items():
@@ -208,6 +181,32 @@ def compare_losses(size: int, dtype: Any, rounds: int, notes: list[str]) -> list
         del calls["copy"]
     torch.cuda.empty_cache()
     return rows
+
+
+def peers_of(arrays: list[Any], title: str, notes: list[str]) -> dict[str, Call]:
+    """Return the peers that are installed and that this volume fits; others are noted."""
+    contenders: dict[str, Call] = {}
+    peers: dict[str, Any] = {
+        "eager": by_hand,
+        "torch.compile": torch.compile(by_hand, dynamic=False),
+    }
+    try:
+        from monai.losses import DiceCELoss
+
+        peers["MONAI"] = DiceCELoss(sigmoid=True, jaccard=True)
+    except ImportError:
+        notes.append("MONAI is not installed")
+    for name, loss in peers.items():
+        try:
+            calls = [backward(loss, x, t) for x, t, _ in arrays]
+            for call in calls:
+                call()
+            contenders[name] = in_turns(calls)
+        except Exception as error:
+            notes.append(
+                f"{name}, {title}: {type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            )
+    return contenders
 
 
 def compare_adam(

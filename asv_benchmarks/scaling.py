@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 from benchmarks.common import interleaved, limit_of
-from compare import machine, shown, table
+from compare import machine
+from tables import shown, table
 
 import fastseg as fs
 
@@ -131,24 +132,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    """Measure, print the table, draw and write where asked."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--largest", type=int, default=LARGEST, help="voxels")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
-    options = parser.parse_args()
-    name = machine()  # before the load is ours
-    rows = []
-    for voxels in sorted(
-        {*(side**3 for side in SIZES if side**3 < options.largest), options.largest}
-    ):
-        arrays = arrays_of(voxels)
-        rows += [measure(voxels, threads, arrays) for threads in (1, 2)]
-        verify(*arrays)
-        del arrays
-        print(f"{named(voxels)} done", flush=True)
-    rows = with_bounds(rows)
+def scaling_table(rows: list[dict[str, Any]]) -> str:
+    """Show each size: what a call takes, what its bytes take, and memory beside the arrays."""
     lines = [
         [
             named(row["voxels"]),
@@ -170,7 +155,28 @@ def main() -> None:
         "over the larger bound",
         "MB beside",
     ]
-    print(name, table(head, lines), sep="\n\n")
+    return table(head, lines)
+
+
+def main() -> None:
+    """Measure, print the table, draw and write where asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--largest", type=int, default=LARGEST, help="voxels")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    name = machine()  # before the load is ours
+    rows = []
+    for voxels in sorted(
+        {*(side**3 for side in SIZES if side**3 < options.largest), options.largest}
+    ):
+        arrays = arrays_of(voxels)
+        rows += [measure(voxels, threads, arrays) for threads in (1, 2)]
+        verify(*arrays)
+        del arrays
+        print(f"{named(voxels)} done", flush=True)
+    rows = with_bounds(rows)
+    print(name, scaling_table(rows), sep="\n\n")
     if options.json:
         options.json.write_text(json.dumps({"machine": name, "rows": rows}, indent=2) + "\n")
     if options.plot:

@@ -12,25 +12,17 @@ Importing it imports NumPy and nothing else: a backend is loaded by the first ca
 
 from fastseg import presets
 from fastseg.config import get_num_threads, set_num_threads, show_config
-from fastseg.dispatch import backend_name
+from fastseg.entropy_terms import BCE, CrossEntropy, FocalBCE, FocalCrossEntropy
 from fastseg.functional import sigmoid
+from fastseg.libraries import backend_name
 from fastseg.losses import Loss
 from fastseg.lovasz import LovaszHinge, LovaszSoftmax
 from fastseg.metrics import HardScores, dice_score, hard_statistics, jaccard_index, stat_scores
 from fastseg.optimizers import Adam, GradientDescent, Momentum
 from fastseg.options import Options
+from fastseg.region_terms import RegionTerm, SoftDice, SoftJaccard, Tversky
 from fastseg.statistics import Statistics, concatenate_statistics
-from fastseg.terms import (
-    BCE,
-    CrossEntropy,
-    FocalBCE,
-    FocalCrossEntropy,
-    RegionTerm,
-    SoftDice,
-    SoftJaccard,
-    Term,
-    Tversky,
-)
+from fastseg.terms import Term
 
 __version__ = "0.1.0.dev0"
 

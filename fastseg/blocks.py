@@ -30,9 +30,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastseg.block_table import BlockTable, Table, draw_error_map
+from fastseg.formats import INDEX
 from fastseg.losses import Loss
 from fastseg.statistics import Statistics
-from fastseg.stores import BLOCK_VOXELS, INDEX, block_at, block_shape, blocks, count_blocks
+from fastseg.stores import BLOCK_VOXELS, block_at, block_shape, blocks, count_blocks
 from fastseg.thread_shares import share_of_threads
 
 __all__ = [

@@ -293,7 +293,6 @@ def _print_scores(console: "Console", found: dict[str, Any]) -> None:
 def show_bench(out: Path, quick: bool) -> None:
     """Time everything behind a progress bar and print a table."""
     from rich.console import Console
-    from rich.table import Table
 
     from fastseg import bench
 
@@ -301,6 +300,22 @@ def show_bench(out: Path, quick: bool) -> None:
     console = Console(highlight=False, markup=False)
     with _Bars(console) as bars:
         found = bench.run(out, bars, quick=quick)
+    _print_bench(console, found)
+    written = f"numbers: {out / 'bench.json'}"
+    try:
+        bench.draw(found, out / "bench.png")
+        written += f"\npicture: {out / 'bench.png'}"
+    except ModuleNotFoundError:
+        written += "; for a picture, pip install matplotlib"
+    console.print(written, soft_wrap=True)
+
+
+def _print_bench(console: "Console", found: dict[str, Any]) -> None:
+    """Print a table of what was timed, and what is to be said of it."""
+    from rich.table import Table
+
+    from fastseg import bench
+
     rows = found["tasks"]
     peers = list(dict.fromkeys(n for row in rows for n in row["seconds"] if n != bench.OURS))
     table = Table("", "fastseg", *peers, "/ copying", box=None)
@@ -330,13 +345,6 @@ def show_bench(out: Path, quick: bool) -> None:
         )
     for line in dict.fromkeys(note for row in rows for note in row["notes"]):
         console.print(line, style="yellow")
-    written = f"numbers: {out / 'bench.json'}"
-    try:
-        bench.draw(found, out / "bench.png")
-        written += f"\npicture: {out / 'bench.png'}"
-    except ModuleNotFoundError:
-        written += "; for a picture, pip install matplotlib"
-    console.print(written, soft_wrap=True)
 
 
 class _Bars:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from functools import cache
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from fastseg.libraries import Library
+    from fastseg.libraries.base import Library
     from fastseg_kernels.problem import Evaluation, Problem
     from fastseg_kernels.updates import Guard, Rule
     from fastseg_kernels.views import View
@@ -217,28 +217,3 @@ def _on_device(library: str, device: str) -> Backend:
 def backend_of(library: Library, array: Any) -> Backend:
     """Return the backend that computes where ``array`` is, with the memory of its library."""
     return _on_device(library.allocator, library.device(array))
-
-
-def backend_name(array: Any) -> Literal["cpu", "cuda"]:
-    """Return which backend computes on an array: the one of the device that holds it.
-
-    Parameters
-    ----------
-    array
-        A NumPy or CuPy array, a PyTorch tensor, or an object with ``__cuda_array_interface__``.
-
-    Raises
-    ------
-    TypeError
-        For anything else, and for tensors of other devices.
-
-    Examples
-    --------
-    >>> import numpy as np, fastseg as fs
-    >>> fs.backend_name(np.zeros(3))
-    'cpu'
-    """
-    from fastseg.libraries import library_of
-
-    library = library_of(array, "array")
-    return "cpu" if library.device(array) == "cpu" else "cuda"

@@ -11,16 +11,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastseg.bounds import excess
+from fastseg.columns import picks, require
+from fastseg.curves import first_column
 from fastseg.dispatch import Backend, cpu
 from fastseg.libraries import device_number, library_of
 from fastseg.options import DEFAULTS, Options
-from fastseg.statistics import Statistics, picks, require
+from fastseg.statistics import Statistics
 from fastseg_kernels.constants import (
     CURVES,
     FAMILY_COLUMNS,
     FOCAL,
     HISTOGRAMS,
     REDUCTIONS,
+    TERM_FIELDS,
     histograms,
 )
 from fastseg_kernels.problem import Evaluation
@@ -136,15 +140,13 @@ class Formula:
         of the errors themselves, 6e-8 of each in float32, is not counted.) On the host; (N, C) each
         for reduction "none".
         """
-        from fastseg.bounds import excess
-        from fastseg.lovasz import LovaszTerm
-
         self._require_sums("bounds")
         value = np.asarray(self._value_of(s._fetched(), "float64"))
         low, high = value, value
         for weight, term in self.parts:
-            if isinstance(term, LovaszTerm) and term.histogram is not None and weight != 0:
-                above = weight * excess(term, s._fetched(), self.options.reduction)
+            if getattr(term, "histogram", None) is not None and weight != 0:
+                lovasz: Any = term
+                above = weight * excess(lovasz, s._fetched(), self.options.reduction)
                 low, high = low + np.minimum(above, 0), high + np.maximum(above, 0)
         return low[()], high[()]
 
@@ -158,6 +160,17 @@ class Formula:
             terms = (term for _, term in self.parts if getattr(term, "histogram", "") is None)
             known = self.__dict__["_that_sort"] = tuple(terms)
         return known
+
+    def _check_weights(self, families: frozenset[str]) -> None:
+        """Raise where a weight map has no meaning for the sums that are asked for."""
+        if "labels" in families:
+            names = (type(term).__name__ for _, term in self.parts if hasattr(term, "histogram"))
+            listed = ", ".join(dict.fromkeys(names)) or "counts of Lovasz errors"
+            raise ValueError(
+                f"weight_map has no meaning for {listed}, which are of a set of voxels; use mask="
+            )
+        if self.activation == "softmax" and "prob_curve" in families:
+            raise ValueError("with softmax a curve cannot be counted with a weight_map")
 
     def _require_sums(self, verb: str) -> None:
         """Raise a TypeError for a loss that is no function of sums."""
@@ -234,8 +247,6 @@ class Formula:
     def _table(
         self, classes: int, names: tuple[str, ...]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        from fastseg.terms import table_of
-
         if self.options.reduction == "none" and any(
             getattr(term, "scope", "sample") == "batch" for _, term in self.parts
         ):
@@ -266,3 +277,19 @@ def implied_activation(parts: tuple[tuple[float, Term], ...], options: Options) 
             raise ValueError(f"{needy} needs {implied}, got activation={options.activation!r}")
         return implied if given == "auto" else given
     return "sigmoid" if given == "auto" else given
+
+
+def table_of(
+    parts: tuple[tuple[float, Term], ...], classes: int, names: tuple[str, ...]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the table of terms (T, fields) and the class weights (T, C); ``names`` of columns."""
+    table = np.zeros((len(parts), len(TERM_FIELDS)))
+    weights = np.empty((len(parts), classes))
+    for k, (weight, term) in enumerate(parts):
+        for name, value in {"weight": weight, **term.row()}.items():
+            table[k, TERM_FIELDS.index(name)] = value
+        histogram = getattr(term, "histogram", None)
+        if histogram is not None:
+            table[k, TERM_FIELDS.index("histogram")] = first_column(names, histogram)
+        weights[k] = term.weights_of_classes(classes)
+    return table, weights

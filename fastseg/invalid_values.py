@@ -14,8 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastseg.outputs import as_numpy
-from fastseg_kernels.constants import FLOAT_DTYPES, TARGETS_AS_STORED
+from fastseg_kernels.constants import BASE_COLUMNS, FLOAT_DTYPES, TARGETS_AS_STORED
 from fastseg_kernels.problem import Arrangement, Problem
+from fastseg_kernels.views import View
+
+_INVALID, _COUNT = BASE_COLUMNS.index("invalid"), BASE_COLUMNS.index("count")
 
 
 def invalid_message(count: int, total: int, metric: bool = False) -> str:
@@ -35,6 +38,18 @@ USE_POSITIVE = (
     "; label volumes and 0/255 masks: use {} or positive=<label>, and ignore_index= for voxels "
     "that do not count"
 )
+
+
+def raise_for_sums(
+    problem: Problem, sums: NDArray[np.float64], families: frozenset[str], keep: View | None
+) -> None:
+    """Raise for what sums on the host count as invalid; ``keep``: where something was kept."""
+    if keep is not None:  # what was kept is no gradient, and must not be taken for one
+        owner: Any = keep.owner
+        owner[...] = np.nan
+    rows = sums[:, :1] if problem.arrangement.indexed else sums
+    invalid, total = rows[:, :, (_INVALID, _COUNT)].sum(axis=(0, 1)).astype(int)
+    raise_for_invalid(problem, invalid, total, labels="labels" in families)
 
 
 def raise_for_invalid(

@@ -9,12 +9,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastseg.dispatch import Backend, backend_of
 from fastseg.formula import Formula, implied_activation
-from fastseg.invalid_values import raise_for_invalid
-from fastseg.libraries import Library, library_of
+from fastseg.invalid_values import raise_for_sums
+from fastseg.libraries import library_of
+from fastseg.libraries.base import Library
 from fastseg.options import DEFAULTS, Options
 from fastseg.outputs import check_out, place_of
 from fastseg.problems import make_problem, stand_in
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from fastseg.terms import Term
 
 _INVALID = BASE_COLUMNS.index("invalid")
-_COUNT = BASE_COLUMNS.index("count")
 
 
 class Loss(Formula):
@@ -109,7 +108,7 @@ class Loss(Formula):
 
     __rmul__ = __mul__
 
-    # The three verbs
+    # The three verbs, and all of them together
 
     def statistics(
         self,
@@ -196,8 +195,6 @@ class Loss(Formula):
             library_of(out, "out").written((out,))
         return grad
 
-    # Together
-
     def __call__(
         self, logits: Any, targets: Any, *, mask: Any = None, weight_map: Any = None
     ) -> Any:
@@ -269,48 +266,58 @@ class Loss(Formula):
         grad_scale: Any,
     ) -> tuple[Any, Any, tuple[Any, tuple[str, ...], Backend]]:
         """Run the three verbs on one problem; return value, gradient, and sums with their names."""
-        calls: SmallCalls = self.__dict__.setdefault("_small_calls", SmallCalls())
+        calls = self.__dict__.get("_small_calls")
+        if calls is None:
+            calls = self.__dict__.setdefault("_small_calls", SmallCalls())
         usual = mask is weight_map is None and not track and type(grad_scale) is float
         again = calls.repeat(logits, targets, out, grad_scale) if usual else None
         if again is not None:
-            known, sums, value, grad = again
-            answer = known.library.array(self._reduced(value), known.dtype, logits)
-            return answer, grad, (sums, known.names, known.backend)
+            was, sums, value, grad = again
+            answer = was.library.array(self._reduced(value), was.dtype, logits)
+            return answer, grad, (sums, was.names, was.backend)
         families = self.families(track)
         own = self.families() if track else families
         library, problem = self._problem(logits, targets, mask, weight_map, families)
         grad = library.empty_like(logits) if out is None else out
-        layout = self.options.layout
-        view = check_out(grad, logits, library, problem, layout)  # before anything is computed
-        backend, dtype, names = (
-            backend_of(library, logits),
-            problem.arrangement.real,
-            columns(families),
-        )
-        small = None
+        # Everything is checked before anything is computed.
+        view = check_out(grad, logits, library, problem, self.options.layout)
+        backend, dtype = backend_of(library, logits), problem.arrangement.real
+        names, small = columns(families), None
         if type(grad_scale) is float:
             make_table = partial(self._prepare, backend, names, problem.shape[1])
             small = calls.find(backend, problem, view, families, own, make_table)
         if small is not None:
             sums, value = small(problem.addresses, view.address, grad_scale)
             if value is None:
-                self._raise_for_invalid(problem, sums, families, view if small.kept else None)
+                raise_for_sums(problem, sums, families, view if small.kept else None)
             if usual:
                 place = None if out is None else place_of(problem.arrangement, view.layout, "NC")
-                known = Known(small, place, library, dtype, names, backend)
-                calls.remember(logits, targets, out, known)
+                call = Known(small, place, library, dtype, names, backend)
+                calls.remember(logits, targets, out, call)
         else:
-            kept = backend.keeps(problem, own, view)
-            sums = self._sums(backend, problem, families, view if kept else None)
-            result = self._evaluate(backend, sums, names, grad_scale, dtype)
-            result, slopes = self._with_sorted(backend, problem, sums, result, True)
-            backend.gradient(problem, result.coefficients, view, own, slopes, kept)
-            value = result.value
+            sums, value = self._one_by_one(backend, problem, view, families, own, grad_scale)
         library.used(problem.owners)
         if out is not None and type(out) is not np.ndarray:
             library_of(out, "out").written((out,))
-        answer = library.array(self._reduced(value), dtype, logits)
-        return answer, grad, (sums, names, backend)
+        return library.array(self._reduced(value), dtype, logits), grad, (sums, names, backend)
+
+    def _one_by_one(
+        self,
+        backend: Backend,
+        problem: Problem,
+        out: View,
+        families: frozenset[str],
+        own: frozenset[str],
+        grad_scale: Any,
+    ) -> tuple[Any, Any]:
+        """Take the steps one after the other; return the sums and the value."""
+        kept = backend.keeps(problem, own, out)
+        sums = self._sums(backend, problem, families, out if kept else None)
+        dtype = problem.arrangement.real
+        result = self._evaluate(backend, sums, columns(families), grad_scale, dtype)
+        result, slopes = self._with_sorted(backend, problem, sums, result, True)
+        backend.gradient(problem, result.coefficients, out, own, slopes, kept)
+        return sums, result.value
 
     def _with_sorted(
         self, backend: Backend, problem: Problem, sums: Any, result: Evaluation, with_slopes: bool
@@ -334,14 +341,8 @@ class Loss(Formula):
     ) -> tuple[Library, Problem]:
         activation = self.activation
         threshold = 0.5 if activation == "probs" else 0.0
-        if weight_map is not None and "labels" in families:
-            names = (type(term).__name__ for _, term in self.parts if hasattr(term, "histogram"))
-            listed = ", ".join(dict.fromkeys(names)) or "counts of Lovasz errors"
-            raise ValueError(
-                f"weight_map has no meaning for {listed}, which are of a set of voxels; use mask="
-            )
-        if weight_map is not None and activation == "softmax" and "prob_curve" in families:
-            raise ValueError("with softmax a curve cannot be counted with a weight_map")
+        if weight_map is not None:
+            self._check_weights(families)
         return make_problem(logits, targets, mask, weight_map, self.options, activation, threshold)
 
     def _sums(
@@ -354,20 +355,8 @@ class Loss(Formula):
         """Read the volume; what is on the host is checked at once, elsewhere the value is NaN."""
         sums = backend.statistics(problem, families, keep)
         if type(sums) is np.ndarray and np.count_nonzero(sums[:, :, _INVALID]):
-            self._raise_for_invalid(problem, sums, families, keep)
+            raise_for_sums(problem, sums, families, keep)
         return sums
-
-    @staticmethod
-    def _raise_for_invalid(
-        problem: Problem, sums: NDArray[np.float64], families: frozenset[str], keep: View | None
-    ) -> None:
-        """Raise for what sums on the host count as invalid; ``keep``: where something was kept."""
-        if keep is not None:  # what was kept is no gradient, and must not be taken for one
-            owner: Any = keep.owner
-            owner[...] = np.nan
-        rows = sums[:, :1] if problem.arrangement.indexed else sums
-        invalid, total = rows[:, :, (_INVALID, _COUNT)].sum(axis=(0, 1)).astype(int)
-        raise_for_invalid(problem, invalid, total, labels="labels" in families)
 
 
 def checked_loss(loss: Any) -> Loss:

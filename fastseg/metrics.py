@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from fastseg.dispatch import backend_of
 from fastseg.invalid_values import raise_for_invalid
-from fastseg.libraries import Library, common_library
+from fastseg.libraries import common_library
+from fastseg.libraries.base import Library
 from fastseg.options import Options
 from fastseg.problems import (
     as_stored,

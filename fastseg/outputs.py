@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseg.libraries import Library, check_together, library_of
+from fastseg.libraries import check_together, library_of
+from fastseg.libraries.base import Library
 from fastseg.problems import with_row_axes
 from fastseg_kernels.constants import FLOAT_DTYPES, ITEM_SIZES
 from fastseg_kernels.problem import Arrangement, Problem

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastseg.libraries import Library, library_of, numpy_address
+from fastseg.libraries import library_of
+from fastseg.libraries.base import Library
+from fastseg.libraries.numpy_arrays import numpy_address
 from fastseg_kernels.constants import FLOAT_DTYPES, ITEM_SIZES
 from fastseg_kernels.views import View
 

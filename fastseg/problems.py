@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastseg.libraries import Library, common_library
+from fastseg.libraries import common_library
+from fastseg.libraries.base import Library
 from fastseg.options import Options
 from fastseg_kernels.constants import (
     FLOAT_DTYPES,
@@ -121,9 +122,6 @@ def arrange(
         mode, positive = TARGETS_EQUAL, options.positive
         if not is_representable(positive, truth.dtype):
             raise ValueError(f"positive={positive} cannot occur in targets of dtype {truth.dtype}")
-    ignore = options.ignore_index
-    if ignore is not None:
-        ignore = as_stored(ignore, truth.dtype) if is_representable(ignore, truth.dtype) else None
     return Arrangement(
         predictions,
         truth,
@@ -132,7 +130,7 @@ def arrange(
         activation,
         mode,
         as_stored(positive, truth.dtype),
-        ignore,
+        _ignored(options.ignore_index, truth.dtype),
         threshold,
         options.compute_dtype == "float64",
     )
@@ -168,29 +166,35 @@ def _arrange_softmax(
     truth = matched(targets, "targets", logits, layout, broadcast=not soft)
     if mask is not None:
         check_mask_dtype(mask.dtype)
-    of_voxels: list[Layout | None] = []
-    for operand, its_name in ((mask, "mask"), (weights, "weight_map")):
-        if operand is not None:
-            operand = matched(operand, its_name, logits, layout, broadcast=True)
-            if operand.strides[1] != 0:
-                raise ValueError(
-                    f"{its_name} must lack the class axis with softmax, which a voxel's classes "
-                    "share"
-                )
-        of_voxels.append(operand)
-    ignore = options.ignore_index
-    if ignore is not None:
-        ignore = as_stored(ignore, truth.dtype) if is_representable(ignore, truth.dtype) else None
     return Arrangement(
         logits,
         truth,
-        of_voxels[0],
-        of_voxels[1],
+        _of_voxels(mask, "mask", logits, layout),
+        _of_voxels(weights, "weight_map", logits, layout),
         "softmax",
-        ignore_index=ignore,
+        ignore_index=_ignored(options.ignore_index, truth.dtype),
         double=options.compute_dtype == "float64",
         indexed=not soft,
     )
+
+
+def _ignored(label: int | None, dtype: str) -> int | None:
+    """Return the label of voxels that do not count, None if targets of ``dtype`` cannot have it."""
+    if label is None or not is_representable(label, dtype):
+        return None
+    return as_stored(label, dtype)
+
+
+def _of_voxels(operand: Layout | None, name: str, logits: Layout, layout: str) -> Layout | None:
+    """Return a mask or a weight map in the logits' shape, which all classes of a voxel share."""
+    if operand is None:
+        return None
+    operand = matched(operand, name, logits, layout, broadcast=True)
+    if operand.strides[1] != 0:
+        raise ValueError(
+            f"{name} must lack the class axis with softmax, which a voxel's classes share"
+        )
+    return operand
 
 
 def make_problem(

@@ -20,10 +20,11 @@ import numpy as np
 
 import fastseg as fs
 from fastseg.blocks import BlockTable, statistics_per_block
+from fastseg.formats import ENDINGS
 from fastseg.score_sums import LabelScores, ProbabilityScores, stored_top
 from fastseg.scores import dice_from_counts, jaccard_from_counts
 from fastseg.statistics import Statistics, concatenate_statistics
-from fastseg.stores import ENDINGS, Transposed, Volume, block_shape
+from fastseg.stores import Transposed, Volume, block_shape
 from fastseg_kernels.constants import CURVE_BINS
 
 Report = Callable[[str, int, int], None]

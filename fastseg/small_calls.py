@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastseg.dispatch import Backend, SmallCall
-from fastseg.libraries import Library, numpy_address
+from fastseg.libraries.base import Library
+from fastseg.libraries.numpy_arrays import numpy_address
 from fastseg.outputs import Place, reached
 from fastseg_kernels.problem import Problem
 from fastseg_kernels.views import View

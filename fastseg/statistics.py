@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastseg.columns import absent, check_gammas, family_of
 from fastseg.curves import JaccardCurve, curve_of
 from fastseg.invalid_values import invalid_message
 from fastseg.scores import dice_from_counts, jaccard_from_counts, reduce_scores
 from fastseg_kernels.constants import (
     BASE_COLUMNS,
-    CURVES,
-    FAMILY_COLUMNS,
-    FOCAL,
-    HISTOGRAMS,
-    PICKED,
     family_columns,
 )
 
@@ -85,11 +80,11 @@ class Statistics:
         samples: str | Sequence[str] | None = None,
     ) -> None:
         array = np.array(array, np.float64, order="C")
-        families = {family for family in map(_family_of, names) if family is not None}
+        families = {family for family in map(family_of, names) if family is not None}
         known = {*BASE_COLUMNS, *(n for family in families for n in family_columns(family))}
         if array.ndim != 3 or array.shape[2] != len(names):
             raise ValueError(f"array must have shape (N, C, {len(names)}), got {array.shape}")
-        _check_gammas(families)
+        check_gammas(families)
         if not known.issuperset(names):
             unknown = sorted(set(names) - known)
             raise ValueError(f"names must be those of columns, got {', '.join(unknown)}")
@@ -179,7 +174,7 @@ class Statistics:
             return self.array[:, :, self.names.index(name)]
         if name == "bce_sum" and "bce_pos_sum" in self.names:
             return np.asarray(self["bce_pos_sum"] + self["bce_neg_sum"])
-        raise _absent(name, self.names)
+        raise absent(name, self.names)
 
     # Combining
 
@@ -319,53 +314,6 @@ _put_host, _put_on_device, _put_names, _put_samples = (
 )
 
 
-@cache
-def _family_of(name: str) -> str | None:
-    """Return the family that a column belongs to, by its name."""
-    base, _, gamma = name.rpartition("_")
-    for family, members in FAMILY_COLUMNS.items():
-        if family in FOCAL and base in members:
-            return f"{family}_{gamma}"
-        if family not in FOCAL and name in members:
-            return family
-    return next((family for family in HISTOGRAMS if name.startswith(f"{family}_")), None)
-
-
-def _check_gammas(families: Iterable[str]) -> None:
-    """Refuse sums of two gammas, of which a loss would find one or the other."""
-    gammas = sorted(f for f in families if f.rpartition("_")[0] in FOCAL)
-    for family in gammas:
-        gamma = family.rpartition("_")[2]
-        try:
-            if str(float(gamma)) == gamma:
-                continue
-        except ValueError:
-            pass
-        raise ValueError(
-            f"names must have a number as gamma, as focal_bce_pos_sum_2.0, got {gamma!r}"
-        )
-    if len({family.rpartition("_")[0] for family in gammas}) < len(gammas):
-        raise ValueError(f"statistics hold focal sums of one gamma, got {', '.join(gammas)}")
-
-
-def _is_focal(column: str) -> bool:
-    return (_family_of(column) or "").rpartition("_")[0] in FOCAL
-
-
-def _absent(name: str, names: Sequence[str]) -> Exception:
-    """Return the error for a column that is not among ``names``."""
-    family = _family_of(name)
-    if family is None:
-        held = (n for n in names if _family_of(n) not in HISTOGRAMS)
-        return KeyError(f"no column {name!r}; these statistics hold {', '.join(held)}")
-    if _is_focal(name):
-        return ValueError(f"these statistics do not hold {name}: they must be made with this gamma")
-    asked = "curve" if family in CURVES else family
-    return ValueError(
-        f"these statistics do not hold {name}: ask for track=({asked!r},) when they are made"
-    )
-
-
 def _sample_names(samples: str | Sequence[str] | None, count: int) -> tuple[str, ...] | None:
     """Return the names of ``count`` samples, checked."""
     if samples is None:
@@ -374,26 +322,6 @@ def _sample_names(samples: str | Sequence[str] | None, count: int) -> tuple[str,
     if len(named) != count:
         raise ValueError(f"samples must name each of the {count} samples, got {len(named)} names")
     return tuple(map(str, named))
-
-
-def require(names: Sequence[str], families: Iterable[str]) -> None:
-    """Raise a ValueError that names the first column of ``families`` that is absent."""
-    for family in families:
-        if not (family == "bce" and "bce_pos_sum" in names):
-            held = set(names)
-            name = next((n for n in family_columns(family) if n not in held), None)
-            if name is not None:
-                raise _absent(name, names)
-
-
-@cache
-def picks(names: tuple[str, ...]) -> NDArray[np.int64]:
-    """Return where the sums that terms are made of are stored, int64 (len(PICKED),); or -1."""
-    plain = [name.rpartition("_")[0] if _is_focal(name) else name for name in names]
-    found = [plain.index(name) if name in plain else -1 for name in PICKED]
-    if "bce_pos_sum" in names:
-        found[PICKED.index("bce_sum")] = -1  # the two parts add up to it
-    return np.array(found, np.int64)
 
 
 def _number(value: float) -> float | str:

@@ -1,74 +1,38 @@
 """Volumes in files, of which parts are read: NumPy, zarr and OME-Zarr, HDF5, NIfTI, TIFF.
 
-Each format is read by the library made for it; this module finds the format, and gives all of
-them one face. Files are not trusted: nothing is unpickled, and a header that promises more than its
-file or this machine can hold is an error before memory is taken.
+``formats.py`` knows the formats; this module gives all of them one face, and cuts volumes into
+blocks. A volume that would not fit this machine is an error before memory is taken.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import re
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fastseg.formats import (
+    INDEX,
+    NEEDS,
+    OPENERS,
+    Opened,
+    UnreadableError,
+    container,
+    first_line,
+    format_of,
+)
 
 __all__ = ["UnreadableError", "Volume", "block_shape", "blocks"]
 
 BLOCK_VOXELS = 2**24
 """Voxels that a block holds where nobody says: 64 MB of float32."""
-MOST_OF_DEFLATE = 1032
-"""Bytes that one byte of deflate's can become at most (zlib's technical notes)."""
-INDEX = tuple[slice, ...]
-ENDINGS = {
-    ".npy": "npy",
-    ".ome.zarr": "zarr",
-    ".zarr": "zarr",
-    ".h5": "hdf5",
-    ".hdf5": "hdf5",
-    ".nii": "nifti",
-    ".nii.gz": "nifti",
-    ".ome.tif": "tiff",
-    ".ome.tiff": "tiff",
-    ".tif": "tiff",
-    ".tiff": "tiff",
-}
-NEEDS = {"zarr": ["zarr"], "hdf5": ["h5py"], "nifti": ["nibabel"], "tiff": ["tifffile", "zarr"]}
-
-
-class UnreadableError(ValueError):
-    """A file that is no volume, or not a whole one; the message names it.
-
-    Examples
-    --------
-    >>> import fastseg.stores
-    >>> try:
-    ...     fastseg.stores.Volume("absent.npy")
-    ... except fastseg.stores.UnreadableError as error:
-    ...     print(error)
-    absent.npy does not exist
-    """
-
-
-class Opened(NamedTuple):
-    """An open file: how a part is read, and what is known before."""
-
-    read: Callable[[INDEX], Any]
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    chunks: tuple[int, ...] | None = None
-    fortran: bool = False  # the first axis is the fastest
-    sequential: bool = False  # parts cost what lies before them
-    place: Path | None = None  # of the array, where that is a directory
-    affine: NDArray[np.float64] | None = None
-    close: Callable[[], None] | None = None
 
 
 class Volume:
@@ -117,7 +81,7 @@ class Volume:
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
         self.format = format_of(self.path)
-        absent = [name for name in NEEDS.get(self.format, ()) if not _is_installed(name)]
+        absent = [name for name in NEEDS.get(self.format, ()) if not is_installed(name)]
         if absent:
             raise ModuleNotFoundError(
                 f"{self.path} needs {', '.join(absent)}: pip install {' '.join(absent)}"
@@ -127,13 +91,13 @@ class Volume:
     @cached_property
     def _opened(self) -> Opened:
         try:
-            opened: Opened = _OPENERS[self.format](self.path)
+            opened: Opened = OPENERS[self.format](self.path)
         except UnreadableError:
             raise
         except FileNotFoundError:
             raise UnreadableError(f"{self.path} does not exist") from None
         except Exception as error:  # whatever a library says of a file that is not as it should be
-            raise UnreadableError(f"{self.path} cannot be read: {_first_line(error)}") from error
+            raise UnreadableError(f"{self.path} cannot be read: {first_line(error)}") from error
         if opened.dtype.kind not in "biuf" or opened.dtype.itemsize > 8:
             raise UnreadableError(
                 f"{self.path} must hold booleans, integers or floats, got {opened.dtype}"
@@ -141,10 +105,10 @@ class Volume:
         if opened.close:
             weakref.finalize(self, opened.close)
         size = opened.dtype.itemsize * math.prod(opened.chunks or ())
-        if opened.chunks and size > _memory() // 4:
+        if opened.chunks and size > memory() // 4:
             raise UnreadableError(
                 f"{self.path} has chunks of {size} bytes, more than a quarter of this machine's "
-                f"memory ({_memory()})"
+                f"memory ({memory()})"
             )
         return opened
 
@@ -171,7 +135,7 @@ class Volume:
         except MemoryError:
             raise
         except Exception as error:
-            raise UnreadableError(f"{self.path} cannot be read: {_first_line(error)}") from error
+            raise UnreadableError(f"{self.path} cannot be read: {first_line(error)}") from error
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return np.asarray(self[...], dtype)
@@ -187,7 +151,7 @@ class Volume:
 
         Of a zarr the newest time of its directories, one of which changes with each chunk.
         """
-        place = self._opened.place or Path(_container(self.path, self.format)[0])
+        place = self._opened.place or Path(container(self.path, self.format)[0])
         state = place.stat()
         if not place.is_dir():
             return [os.path.abspath(self.path), state.st_size, state.st_mtime_ns]  # noqa: PTH100
@@ -225,32 +189,7 @@ class Transposed:
         return [*self._volume.identity(), "transposed"]
 
 
-def format_of(path: str) -> str:
-    """Return the format of a path, by its ending or that of a folder that it is in."""
-    name = path.rstrip("/")
-    lower = name.lower()
-    if re.search(r"\.(h5|hdf5):", lower):
-        return "hdf5"
-    for ending, its_format in ENDINGS.items():
-        if lower.endswith(ending):
-            return its_format
-    if any(part.endswith(".zarr") for part in Path(lower).parts):
-        return "zarr"
-    if any((Path(name) / mark).exists() for mark in ("zarr.json", ".zarray", ".zgroup")):
-        return "zarr"
-    listed = ", ".join(ENDINGS)
-    raise UnreadableError(f"{path} must end in one of {listed}")
-
-
-def _container(path: str, its_format: str) -> tuple[str, str]:
-    """Return the file and what is asked for in it."""
-    if its_format == "hdf5":
-        file, ending, name = re.split(r"(\.h5|\.hdf5)(?::|$)", path, maxsplit=1, flags=re.I)
-        return file + ending, name
-    return path, ""
-
-
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
     try:
         import_module(module)
     except ModuleNotFoundError:
@@ -258,112 +197,9 @@ def _is_installed(module: str) -> bool:
     return True
 
 
-def _memory() -> int:
+def memory() -> int:
     """Return the bytes of memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
-# The formats
-
-
-def _open_npy(path: str) -> Opened:
-    """Map the file anew for each part, so that no page of an earlier part counts as ours."""
-
-    def mapped() -> Any:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-
-    array = mapped()
-    fortran = array.flags.f_contiguous and not array.flags.c_contiguous
-    return Opened(lambda index: mapped()[index], array.shape, array.dtype, fortran=fortran)
-
-
-def _open_zarr(path: str) -> Opened:
-    zarr: Any = import_module("zarr")
-    node = zarr.open(path, mode="r")
-    if not hasattr(node, "shape"):
-        attributes = dict(node.attrs)
-        scales = attributes.get("ome", attributes).get("multiscales")
-        if not scales:
-            names = ", ".join(sorted(name for name, _ in node.arrays())) or "no array"
-            raise UnreadableError(f"{path} is a group of {names}; add the array's name to the path")
-        node = node[scales[0]["datasets"][0]["path"]]
-    chunks = getattr(node, "shards", None) or node.chunks
-    return Opened(
-        lambda index: node[index],
-        tuple(node.shape),
-        np.dtype(node.dtype),
-        tuple(chunks),
-        place=Path(path) / node.path,
-    )
-
-
-def _open_hdf5(path: str) -> Opened:
-    h5py: Any = import_module("h5py")
-    file, name = _container(path, "hdf5")
-    handle = h5py.File(file, "r")
-    if not name:
-        found: list[str] = []
-        handle.visititems(lambda key, item: found.append(key) if hasattr(item, "shape") else None)
-        if len(found) != 1:
-            listed = ", ".join(found) or "no array"
-            raise UnreadableError(f"{path} holds {listed}; write {path}:name")
-        name = found[0]
-    node = handle[name]
-    if not hasattr(node, "shape"):
-        raise UnreadableError(f"{path} is a group, not an array")
-    return Opened(
-        lambda index: node[index], tuple(node.shape), node.dtype, node.chunks, close=handle.close
-    )
-
-
-def _open_nifti(path: str) -> Opened:
-    nibabel: Any = import_module("nibabel")
-    compressed = path.lower().endswith(".gz")
-    image = nibabel.load(path, keep_file_open=compressed)
-    proxy = image.dataobj
-    size = math.prod(image.shape) * proxy.dtype.itemsize
-    held = Path(path).stat().st_size
-    if compressed:
-        held *= MOST_OF_DEFLATE
-    if size > held:
-        raise UnreadableError(
-            f"{path} is truncated: {size} bytes of voxels are promised, and at most {held} there"
-        )
-    scaled = proxy.dtype if (proxy.slope, proxy.inter) == (1.0, 0.0) else np.dtype(np.float64)
-    read = lambda index: proxy[index].astype(scaled, copy=False)  # noqa: E731
-    return Opened(
-        read, image.shape, scaled, fortran=True, sequential=compressed, affine=image.affine
-    )
-
-
-def _open_tiff(path: str) -> Opened:
-    tifffile: Any = import_module("tifffile")
-    try:
-        array = tifffile.memmap(path, mode="r")
-    except ValueError:  # compressed, or in tiles
-        zarr: Any = import_module("zarr")
-        store = tifffile.imread(path, aszarr=True)
-        node = zarr.open(store, mode="r")
-        if not hasattr(node, "shape"):
-            node = node["0"]  # the largest level of a pyramid
-        chunks = tuple(node.chunks)
-        return Opened(
-            lambda index: node[index], tuple(node.shape), node.dtype, chunks, close=store.close
-        )
-    return Opened(lambda index: tifffile.memmap(path, mode="r")[index], array.shape, array.dtype)
-
-
-_OPENERS: dict[str, Callable[[str], Opened]] = {
-    "npy": _open_npy,
-    "zarr": _open_zarr,
-    "hdf5": _open_hdf5,
-    "nifti": _open_nifti,
-    "tiff": _open_tiff,
-}
 
 
 # Blocks

@@ -16,7 +16,7 @@ import cases
 import fastseg as fs
 import fastseg.dask as fsd
 from fastseg import thread_shares as shares
-from fastseg.statistics import _family_of as family_of
+from fastseg.columns import family_of
 from fastseg_kernels.constants import HISTOGRAMS
 
 SHAPE = (3, 2, 9, 14, 11)

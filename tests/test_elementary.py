@@ -31,7 +31,9 @@ from fastseg_kernels.cpu.elementary import (
     make_log1p,
 )
 from fastseg_kernels.cpu.intrinsics import bits_of, fma, from_bits
-from fastseg_kernels.cpu.points import Coefficients, Settings, Variant, make_point
+from fastseg_kernels.cpu.point_parts import Coefficients, Settings
+from fastseg_kernels.cpu.points import make_point
+from fastseg_kernels.cpu.variants import Variant
 
 STRIDE = 521
 """Prime; 2 to 4 million of the float32 of a range."""

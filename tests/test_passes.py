@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fastseg as fs
-from fastseg_kernels.cpu import passes
+from fastseg_kernels.cpu import passes, plans
 
 LOSSES = {
     "bce and jaccard": fs.BCE() + fs.SoftJaccard(),
@@ -32,10 +32,10 @@ SPECIAL = (np.inf, -np.inf, 0.0, -0.0, 1e-30, -1e-30, 87.7, -87.7, 1e30, -1e30)
 def keeping() -> Iterator[None]:
     """Keep what the gradient needs on any CPU: where it does not pay it must be right, too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passes, "KEEPS", True)
-        passes.plan_of.cache_clear()
+        patch.setattr(plans, "KEEPS", True)
+        plans.plan_of.cache_clear()
         yield
-    passes.plan_of.cache_clear()
+    plans.plan_of.cache_clear()
 
 
 def volume(voxels: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
@@ -285,9 +285,9 @@ def test_masks_of_any_dtype_leave_out_what_is_stored_there(weighted):
 OTHER_WAY = """
 import hashlib, sys
 import numpy as np
-from fastseg_kernels.cpu import halves, passes, points, tiles
+from fastseg_kernels.cpu import halves, plans, points, tiles
 points.HAS_MASKS = tiles.HAS_MASKS = points.HAS_MASKS != flip
-passes.KEEPS = not points.HAS_MASKS
+plans.KEEPS = not points.HAS_MASKS
 halves.HAS_HALF = halves.HAS_HALF and not flip
 import fastseg as fs
 rng = np.random.default_rng(0)

@@ -12,8 +12,8 @@ import oracle
 from cases import LOSSES, SOFTMAX_LOSSES, make
 from fastseg.lovasz import LovaszTerm
 from fastseg_kernels import constants
-from fastseg_kernels.cpu.points import Variant
 from fastseg_kernels.cpu.tiles import make_tile_sums
+from fastseg_kernels.cpu.variants import Variant
 
 
 def subclasses(cls: type) -> list[type]:

@@ -26,9 +26,9 @@ os.environ["FASTSEG_CACHE_DIR"] = ""  # a cached kernel has no assembly to read
 
 from fastseg_kernels.cpu.intrinsics import wide_vectors
 from fastseg_kernels.cpu.overlap import slopes_kernel
-from fastseg_kernels.cpu.points import HAS_MASKS, Variant
 from fastseg_kernels.cpu.tiles import LANES, TILE, sums_kernel
 from fastseg_kernels.cpu.update_kernels import update_kernel
+from fastseg_kernels.cpu.variants import HAS_MASKS, Variant
 
 VARIANT = Variant("float32", "binary", "sigmoid", frozenset({"bce", "overlap"}))
 # A move between registers computes where it is under a mask.

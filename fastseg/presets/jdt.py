@@ -8,7 +8,8 @@ from typing import Any
 
 from fastseg.losses import Loss
 from fastseg.presets.arguments import choice, form_option, number, numbers
-from fastseg.terms import Scope, Tversky
+from fastseg.region_terms import Tversky
+from fastseg.terms import Scope
 
 
 def jdt_jml(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fastseg.entropy_terms import BCE, CrossEntropy
 from fastseg.losses import Loss
 from fastseg.presets.arguments import (
     ONE_CLASS,
@@ -15,7 +16,7 @@ from fastseg.presets.arguments import (
     only_number,
     plain,
 )
-from fastseg.terms import BCE, CrossEntropy, SoftDice, SoftJaccard
+from fastseg.region_terms import SoftDice, SoftJaccard
 
 
 def monai_dice(

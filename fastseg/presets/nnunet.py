@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastseg.entropy_terms import BCE, CrossEntropy
 from fastseg.losses import Loss
 from fastseg.presets.arguments import number, numbers
-from fastseg.terms import BCE, CrossEntropy, Scope, SoftDice
+from fastseg.region_terms import SoftDice
+from fastseg.terms import Scope
 
 EPS = 1e-8
 """Least denominator of its Dice score."""

@@ -8,6 +8,7 @@ from functools import reduce
 from typing import Any
 
 import fastseg as fs
+from fastseg.entropy_terms import BCE
 from fastseg.losses import Loss
 from fastseg.presets.arguments import (
     ONE_CLASS,
@@ -18,7 +19,7 @@ from fastseg.presets.arguments import (
     numbers_by_class,
     plain,
 )
-from fastseg.terms import BCE, Tversky
+from fastseg.region_terms import Tversky
 
 MODES = ("binary", "multiclass", "multilabel")
 

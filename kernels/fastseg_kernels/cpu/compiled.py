@@ -48,7 +48,6 @@ KERNEL_SIGNATURE = types.void(types.int64, types.int64, types.int64)
 # Division must not test for zero (that alone keeps a loop from vectorising), and no flag of
 # fast-math is set anywhere: NaN must survive and the order of every sum is fixed.
 OPTIONS: dict[str, Any] = {"error_model": "numpy"}
-INLINED: dict[str, Any] = {"error_model": "numpy", "forceinline": True}
 VECTOR_FEATURES = ("sse4.2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512vl", "neon")
 _CHECKSUM_BYTES = 32
 _COMPILING = threading.RLock()

@@ -16,7 +16,7 @@ from fastseg_kernels.cpu.intrinsics import address_of, carray, pointer_to, stack
 from fastseg_kernels.cpu.jobs import JOB
 from fastseg_kernels.cpu.operands import SCRATCH_WORDS, STAGE, load_converted
 from fastseg_kernels.cpu.overlap import block_length
-from fastseg_kernels.cpu.passes import fill_geometry
+from fastseg_kernels.cpu.plans import fill_geometry
 from fastseg_kernels.cpu.threads import SHARED_FROM
 from fastseg_kernels.problem import Problem
 

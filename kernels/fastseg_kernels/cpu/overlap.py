@@ -31,8 +31,10 @@ from fastseg_kernels.cpu.intrinsics import (
 )
 from fastseg_kernels.cpu.jobs import JOB, LOAD_REQUEST, PARTS, RUN
 from fastseg_kernels.cpu.operands import SCRATCH_WORDS, STAGE, voxel_address
-from fastseg_kernels.cpu.points import Coefficients, Variant, make_point
+from fastseg_kernels.cpu.point_parts import Coefficients
+from fastseg_kernels.cpu.points import make_point
 from fastseg_kernels.cpu.tiles import TILE, counts_undefined, sums_kernel
+from fastseg_kernels.cpu.variants import Variant
 
 SHORTEST_BLOCK = 8192
 """Voxels of a block: large enough that its float64 epilogue (5 sums of 16 lanes) is below 1%."""

@@ -20,7 +20,8 @@ from fastseg_kernels.cpu.intrinsics import call_kernel, carray, pointer_to
 from fastseg_kernels.cpu.jobs import JOB
 from fastseg_kernels.cpu.memory import own_address
 from fastseg_kernels.cpu.overlap import INVALID_COLUMN
-from fastseg_kernels.cpu.passes import call_of_gradient, call_of_statistics, keeps, plan_of
+from fastseg_kernels.cpu.passes import call_of_gradient, call_of_statistics, keeps
+from fastseg_kernels.cpu.plans import plan_of
 from fastseg_kernels.cpu.term_rows import EVALUATION
 from fastseg_kernels.problem import Problem
 from fastseg_kernels.views import View

@@ -49,7 +49,7 @@ from fastseg_kernels.cpu.intrinsics import (
 )
 from fastseg_kernels.cpu.jobs import JOB, LOAD_REQUEST, PARTS
 from fastseg_kernels.cpu.operands import voxel_address
-from fastseg_kernels.cpu.points import Variant, make_is_allowed
+from fastseg_kernels.cpu.point_parts import make_is_allowed
 from fastseg_kernels.cpu.softmax_slopes import has_shares, has_slopes, make_tile_gradient
 from fastseg_kernels.cpu.softmax_stage import (
     BUFFER,
@@ -59,6 +59,7 @@ from fastseg_kernels.cpu.softmax_stage import (
     UNIT,
 )
 from fastseg_kernels.cpu.softmax_sums import FILLED, make_tile_statistics
+from fastseg_kernels.cpu.variants import Variant
 
 SHORTEST_BLOCK = 8192
 """Logits of a block; as in `overlap`."""

@@ -23,8 +23,8 @@ from fastseg_kernels.cpu.intrinsics import (
     stack_array,
     wide_vectors,
 )
-from fastseg_kernels.cpu.points import Variant, make_focal
-from fastseg_kernels.cpu.points import make_bent as make_bent_point
+from fastseg_kernels.cpu.point_parts import make_bent as make_bent_point
+from fastseg_kernels.cpu.point_parts import make_focal
 from fastseg_kernels.cpu.softmax_stage import LONGEST_TILE, MOST_CLASSES
 from fastseg_kernels.cpu.softmax_walk import (
     Tops,
@@ -33,6 +33,7 @@ from fastseg_kernels.cpu.softmax_walk import (
     make_slope,
     make_walk,
 )
+from fastseg_kernels.cpu.variants import Variant
 
 BELOW, ABOVE, SQUARE, FOCAL, GAMMA = (
     COEFFICIENT_NAMES.index(name) for name in ("below", "above", "square", "focal_target", "gamma")

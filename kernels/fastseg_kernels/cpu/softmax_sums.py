@@ -22,10 +22,11 @@ from fastseg_kernels.cpu.intrinsics import (
     stack_array,
     wide_vectors,
 )
-from fastseg_kernels.cpu.points import Variant, make_focal, make_short_and_excess, sums_needed
+from fastseg_kernels.cpu.point_parts import make_focal, make_short_and_excess, sums_needed
 from fastseg_kernels.cpu.softmax_stage import LONGEST_TILE, MOST_CLASSES, NOBODY, UNIT
 from fastseg_kernels.cpu.softmax_walk import Tops, make_exponential, make_largest, make_walk
 from fastseg_kernels.cpu.tiles import LANES
+from fastseg_kernels.cpu.variants import Variant
 
 FILLED = frozenset(
     {

@@ -13,7 +13,7 @@ from fastseg_kernels.cpu.compiled import inlined, pasted
 from fastseg_kernels.cpu.elementary import Real, make_exp_ratio
 from fastseg_kernels.cpu.intrinsics import is_same, pointer_to, prefetch, select
 from fastseg_kernels.cpu.memory import CACHE_LINE
-from fastseg_kernels.cpu.points import Variant
+from fastseg_kernels.cpu.variants import Variant
 
 GROUP = 16
 """Classes whose exponentials are added up before they are added to those of the others: one chain

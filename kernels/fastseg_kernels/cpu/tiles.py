@@ -30,15 +30,9 @@ from fastseg_kernels.cpu.intrinsics import (
     wide_vectors,
 )
 from fastseg_kernels.cpu.jobs import JOB, RUN
-from fastseg_kernels.cpu.points import (
-    HALF_WORD,
-    HAS_MASKS,
-    Settings,
-    Variant,
-    bce_needed,
-    make_point,
-    sums_needed,
-)
+from fastseg_kernels.cpu.point_parts import HALF_WORD, Settings, bce_needed, sums_needed
+from fastseg_kernels.cpu.points import make_point
+from fastseg_kernels.cpu.variants import HAS_MASKS, Variant
 
 LANES = 16
 """One vector of float32 where vectors are widest."""

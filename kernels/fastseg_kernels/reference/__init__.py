@@ -26,13 +26,12 @@ from .lovasz import (
     group_weights,
     jaccard_loss_of_counts,
     lovasz_extension,
-    lovasz_from_histogram,
     lovasz_hinge,
-    lovasz_range_of_histogram,
     lovasz_softmax,
     lovasz_weights,
     lovasz_weights_exact,
 )
+from .lovasz_bins import lovasz_from_histogram, lovasz_range_of_histogram
 from .multiclass import (
     cross_entropy_gradient,
     focal_nll,
