@@ -22,21 +22,27 @@ from .common import (
 
 DTYPES = ("float32", "bfloat16", "float64")
 SIZES = (64, 128, 256)
+ENDS = (SIZES[0], SIZES[-1])  # in the caches, and in memory
 TARGETS = ("uint8", "int64", "float32")
 LOSS = fs.BCE() + fs.SoftJaccard()
 SOFTMAX_LOSS = fs.CrossEntropy() + fs.SoftJaccard()
 
 
 class _Pass:
-    """A pass over volumes of every dtype and size; ``track_`` is its time over the limit's."""
+    """A pass over volumes of every dtype and size; ``track_`` is its time over the limit's.
 
-    params = (BACKENDS, DTYPES, SIZES, TARGETS)
+    Every dtype of logits comes with bytes as targets, and every kind of targets with float32.
+    """
+
+    params = (BACKENDS, DTYPES, ENDS, TARGETS)
     param_names = ("backend", "dtype", "size", "targets")
     timeout = 300
     unit = "time / limit"
     timer = staticmethod(device.clock)
 
     def setup(self, backend: str, dtype: str, size: int, targets: str) -> None:
+        if dtype != DTYPES[0] and targets != TARGETS[0]:
+            raise NotImplementedError("a whole run is to take ten minutes")  # asv skips it
         self.backend, self.arrays = backend, placed(volume(dtype, size, targets), backend)
         self.call = self.make_call()
         self.call()  # compiles
@@ -90,6 +96,8 @@ class Gradient(_Pass):
 
 
 class ValueAndGrad(_Pass):
+    params = (BACKENDS, DTYPES, SIZES, TARGETS)
+
     def make_call(self) -> Call:
         logits, targets, out = self.arrays
         return lambda: LOSS.value_and_grad(logits, targets, out=out)
@@ -135,7 +143,7 @@ class OverClasses:
 class _Peer:
     """A peer's value and gradient; ``track_`` is fastseg's time over the peer's."""
 
-    params = (SIZES,)
+    params = (SIZES[:2],)
     param_names = ("size",)
     timeout = 300
     unit = "time / peer's"

@@ -83,7 +83,7 @@ class Adam(_Update):
 class TorchAdam:
     """torch.optim.Adam; ``track_`` is fastseg's time over the peer's."""
 
-    params = (("fused", "foreach"), tuple(LISTS))
+    params = (("fused",), tuple(LISTS))
     param_names = ("implementation", "arrays")
     timeout = 300
     unit = "time / peer's"
