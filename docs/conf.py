@@ -6,7 +6,7 @@ import fastseg
 
 project = "fastseg"
 author = "the fastseg developers"
-copyright = "2026, the fastseg developers"
+copyright = "2026, the fastseg authors"
 version = release = fastseg.__version__
 
 extensions = [

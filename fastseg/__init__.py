@@ -24,7 +24,7 @@ from fastseg.region_terms import RegionTerm, SoftDice, SoftJaccard, Tversky
 from fastseg.statistics import Statistics, concatenate_statistics
 from fastseg.terms import Term
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "BCE",

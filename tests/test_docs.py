@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -58,6 +59,18 @@ def test_the_manual_has_every_public_name(tmp_path):
     inventory = InventoryFile.loads((tmp_path / "html" / "objects.inv").read_bytes(), uri="")
     listed = {name for kind, names in inventory.data.items() if kind[:3] == "py:" for name in names}
     assert not {*PUBLIC} - listed
+    assert not [name for name in methods() if not name & listed]
+
+
+def methods() -> Iterator[set[str]]:
+    """Yield the names of each public method of fastseg's: under the classes that have it."""
+    classes = [(name, resolved(name)) for name in PUBLIC if inspect.isclass(resolved(name))]
+    for _, cls in classes:
+        for attribute, value in inspect.getmembers(cls):
+            origin = next((base for base in cls.__mro__ if attribute in vars(base)), object)
+            if attribute[0] != "_" and origin.__module__.startswith("fastseg") and callable(value):
+                bases = [base for base in cls.__mro__ if attribute in vars(base)]
+                yield {f"{n}.{attribute}" for n, c in classes if {*c.__mro__} & {*bases}}
 
 
 @pytest.mark.parametrize(
