@@ -69,7 +69,7 @@ def run(arrays):
         make[name](arrays)()
 def make(size):
     return classes(count, size) if count > 1 else volume("float32", size, "uint8")
-run(make(8))  # whatever is loaded or compiled is in both
+run(make(32))  # whatever is loaded or compiled is in both, threads too
 arrays = make(size)
 if sys.argv[4] == "compute":
     run(arrays)
@@ -137,10 +137,11 @@ def extra_memory(name: str, count: int, size: int) -> int:
     """Return the bytes that a call adds to the peak of a process, as its parent sees it.
 
     That is the peak of one that makes its arrays and calls, less that of one that makes them only.
+    The first compiles what is not in the cache, and does not count.
     ``count`` is of classes; 1: of two samples of one class.
     """
     peaks = []
-    for step in ("compute", "make"):
+    for step in ("make", "compute", "make"):
         command = [sys.executable, "-c", MEMORY, name, str(count), str(size), step]
         with subprocess.Popen(
             command, cwd=Path(__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -152,7 +153,7 @@ def extra_memory(name: str, count: int, size: int) -> int:
             peak = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
             peaks.append(int(peak.split()[1]) * 1024)
             child.communicate()
-    return peaks[0] - peaks[1]
+    return peaks[1] - peaks[2]
 
 
 def loss_calls(
