@@ -23,7 +23,7 @@ nitpicky = True
 # Types of other libraries, which have no page here, and words of the docstrings' type fields.
 nitpick_ignore_regex = [("py:.*", r"(?!fastseg\.).*")]
 
-autodoc_default_options = {"members": True, "inherited-members": False}
+autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 numpydoc_show_class_members = False

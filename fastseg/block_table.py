@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastseg.files import replacing
+from fastseg.formats import import_needed
 from fastseg.losses import Loss
 from fastseg.statistics import Statistics
 
@@ -111,7 +111,7 @@ class Table:
             self._open()
 
     def _open(self) -> None:
-        zarr: Any = import_module("zarr")
+        zarr: Any = import_needed("zarr", "a table in a file")
         try:
             self._stored = zarr.open_array(
                 str(self._path), mode="r" if self._about is None else "r+"
@@ -129,11 +129,17 @@ class Table:
             return
         wanted = json.loads(json.dumps(self._about))
         for key, value in wanted.items():
-            if about.get(key) != value:
-                raise ValueError(
-                    f"{self._path} is a table of something else: its {key} were "
-                    f"{about.get(key)}, now {value}; remove it, or take another path"
-                )
+            held = about.get(key)
+            if held == value:
+                continue
+            said = f"it was made with {key} {held}, not {value}"
+            if key == "arrays" and isinstance(held, dict):
+                names = sorted(n for n in {*held, *value} if held.get(n) != value.get(n))
+                said = f"{', '.join(names)} changed since, or are others"
+            raise ValueError(
+                f"{self._path} is a table of something else: {said}; remove it, or take another "
+                "path"
+            )
 
     @property
     def _per_file(self) -> int:
@@ -175,7 +181,7 @@ class Table:
         self._stored[rows] = sums
 
     def _create(self, shape: tuple[int, ...]) -> None:
-        zarr: Any = import_module("zarr")
+        zarr: Any = import_needed("zarr", "a table in a file")
         try:
             self._stored = zarr.create_array(
                 str(self._path),
@@ -219,7 +225,7 @@ def draw_error_map(
     >>> path.stat().st_size > 0
     True
     """
-    figure_module: Any = import_module("matplotlib.figure")
+    figure_module: Any = import_needed("matplotlib.figure", "an error map")
     if not 1 <= values.ndim <= 3:
         raise ValueError(f"values must have one to three axes, got shape {values.shape}")
     cube = values.reshape((1,) * (3 - values.ndim) + values.shape)

@@ -303,6 +303,12 @@ def _workers(executor: Executor) -> int:
 
 
 def _named(**arrays: Any) -> dict[str, Any]:
+    for name, array in arrays.items():
+        if isinstance(array, str | Path):
+            raise TypeError(
+                f"{name} must be an array or a Volume, got the path {array}: pass "
+                "fastseg.stores.Volume of it"
+            )
     return {name: array for name, array in arrays.items() if array is not None}
 
 
@@ -328,8 +334,12 @@ def _checked_block(
     if block is None:
         rows = math.prod(tuple(array.shape)[: len(array.shape) - len(shape)])
         return block_shape(array, len(shape), max(1, BLOCK_VOXELS // max(1, rows)))
-    if len(block) != len(shape) or min(block, default=1) < 1:
-        raise ValueError(f"block must be {len(shape)} positive numbers, got {tuple(block)}")
+    given = tuple(block) if isinstance(block, Sequence) else (block,)
+    if len(given) != len(shape) or min(given, default=1) < 1:
+        raise ValueError(
+            f"block must have a positive number for each of the {len(shape)} spatial axes, got "
+            f"{given}; axes before these are those of the loss's layout, layout='' for none"
+        )
     return tuple(int(min(pair)) for pair in zip(block, shape, strict=True))
 
 

@@ -65,7 +65,11 @@ def _application() -> "typer.Typer":
     """Return the Typer application."""
     import typer
 
-    application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    application = typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
 
     @application.callback(invoke_without_command=True)
     def fastseg(
@@ -179,7 +183,7 @@ def _application() -> "typer.Typer":
 
     @application.command()
     def warmup() -> None:
-        """Compile the kernels of the usual cases ahead of their first use."""
+        """Compile the kernels of the usual cases ahead of their first use (one to two minutes)."""
         show_warmup()
 
     return application
@@ -242,7 +246,7 @@ def show_warmup() -> None:
         _fail(f"{directory} is not writable: set FASTSEG_CACHE_DIR to a directory that is")
     console = Console(highlight=False, markup=False)
     compiled: list[str] = []
-    with _Bars(console) as bars, announced_compilation(compiled.append):
+    with _Bars() as bars, announced_compilation(compiled.append):
         seconds = compile_ahead(lambda name, done, total: bars("compiling", done, total, name))
     done = f"{len(compiled)} kernels compiled in {seconds:.1f} s"
     console.print(f"{done}; all are kept in {directory}", soft_wrap=True)
@@ -260,7 +264,7 @@ def show_demo(out: Path, quick: bool, steps: int | None, seed: int) -> None:
     out.mkdir(parents=True, exist_ok=True)  # what can fail at once does, before anything is said
     console = Console(highlight=False, markup=False)
     console.print(demo.NOTICE, style="yellow")
-    with _Bars(console) as bars:
+    with _Bars() as bars:
         found = demo.run(out, bars, quick=quick, steps=steps, seed=seed)
     _print_scores(console, found)
     console.print(f"picture: {out / 'demo.png'}\nnumbers: {out / 'demo.json'}", soft_wrap=True)
@@ -284,6 +288,8 @@ def _print_scores(console: "Console", found: dict[str, Any]) -> None:
         f"{speed['threads']} threads, {speed['fused_one_thread_ns']:.2f} ns on one; "
         f"NumPy {speed['numpy_ns']:.1f} ns"
     )
+    if speed["fused_ns"] > speed["fused_one_thread_ns"]:
+        console.print(_BUSY.format(""), style="yellow")
     console.print(
         f"{seconds['total']:.1f} s in all: compiling {seconds['compiling']:.1f} s, features "
         f"{seconds['features']:.1f} s, training {seconds['training']:.1f} s"
@@ -298,7 +304,7 @@ def show_bench(out: Path, quick: bool) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False, markup=False)
-    with _Bars(console) as bars:
+    with _Bars() as bars:
         found = bench.run(out, bars, quick=quick)
     _print_bench(console, found)
     written = f"numbers: {out / 'bench.json'}"
@@ -337,20 +343,22 @@ def _print_bench(console: "Console", found: dict[str, Any]) -> None:
         f"below 1 they are in a cache). {found['seconds']:.0f} s in all."
     )
     if (machine["load"] or 0) > bench.BUSY * (os.cpu_count() or 1):
-        console.print(
-            f"other processes keep the CPUs busy (load {machine['load']:.1f}): threads that wait "
-            "for each other then wait for those, too; OMP_WAIT_POLICY=passive or "
-            "FASTSEG_NUM_THREADS=1 helps",
-            style="yellow",
-        )
+        console.print(_BUSY.format(f" (load {machine['load']:.1f})"), style="yellow")
     for line in dict.fromkeys(note for row in rows for note in row["notes"]):
         console.print(line, style="yellow")
+
+
+_BUSY = (
+    "other processes keep the CPUs busy{}: threads that wait for each other then wait for those, "
+    "too; OMP_WAIT_POLICY=passive or FASTSEG_NUM_THREADS=1 helps"
+)
 
 
 class _Bars:
     """Progress bars, one per stage; a `fastseg.progress.Report`."""
 
-    def __init__(self, console: "Console") -> None:
+    def __init__(self) -> None:
+        from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
         from rich.table import Column
 
@@ -361,8 +369,9 @@ class _Bars:
             BarColumn(bar_width=12),
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}", table_column=cut, markup=False),
-            console=console,
+            console=(console := Console(stderr=True)),
             expand=True,
+            disable=not console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
 

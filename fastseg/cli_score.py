@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastseg.blocks import draw_error_map
 from fastseg.files import write_json
+from fastseg.formats import import_needed
 from fastseg.score_files import (
     Answer,
     Pair,
@@ -37,7 +38,7 @@ def run(
     error_map: Path | None,
     address: str | None,
     allow_missing: bool,
-    bars: Callable[["Console"], Any],
+    bars: Callable[[], Any],
     fail: Callable[[str], Any],
 ) -> None:
     """Score files behind a progress bar, print a table, and write what was asked for.
@@ -50,13 +51,17 @@ def run(
     for path in (json_path, error_map):
         if path is not None and not path.absolute().parent.is_dir():
             fail(f"{path.parent} is no directory")
+    if table is not None:
+        import_needed("zarr", "--table")
+    if error_map is not None:
+        import_needed("matplotlib.figure", "--error-map")
     found, warnings = pairs(pred, target, allow_missing)
     if error_map is not None and len(found) > 1:
         fail(f"--error-map is for one pair, and there are {len(found)}")
     asked = question(*parse_labels(labels))
     answers: list[Answer] = []
     failed: list[str] = []
-    with _executor(address, fail) as executor, bars(console) as bar:
+    with _executor(address, fail) as executor, bars() as bar:
         for k, pair in enumerate(found):
             report = _report(bar, k, len(found))
             where = _table_of(table, pair, len(found))
@@ -70,15 +75,17 @@ def run(
         _print(console, document, [answer.pair.name for answer in answers])
     for line in document["fastseg"]["warnings"]:
         errors.print(f"warning: {line}", style="yellow", markup=False, soft_wrap=True)
-    if json_path is not None and (answers or len(found) > 1):
+    if json_path is not None:
         write_json(document, json_path)
     if error_map is not None and answers:
         values = 1.0 - answers[0].table.scores()
         draw_error_map(values, error_map, answers[0].pair.name, "1 - Jaccard index")
     if failed:
-        fail(
-            failed[0] if len(found) == 1 else f"{len(failed)} of {len(found)}: {'; '.join(failed)}"
-        )
+        if len(found) == 1:
+            fail(failed[0])
+        for line in failed:
+            errors.print(f"not scored: {line}", markup=False, soft_wrap=True)
+        fail(f"{len(failed)} of {len(found)} were not scored")
 
 
 def _line(pair: Pair, error: Exception) -> str:

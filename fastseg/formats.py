@@ -6,11 +6,13 @@ that promises more than its file can hold is an error before memory is taken.
 
 from __future__ import annotations
 
+import gzip
 import math
 import re
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +20,8 @@ from numpy.typing import NDArray
 
 MOST_OF_DEFLATE = 1032
 """Bytes that one byte of deflate's can become at most (zlib's technical notes)."""
+NIFTI_HEADER = 348
+"""Bytes of the smallest header."""
 INDEX = tuple[slice, ...]
 ENDINGS = {
     ".npy": "npy",
@@ -88,9 +92,18 @@ def container(path: str, its_format: str) -> tuple[str, str]:
     return path, ""
 
 
-def first_line(error: Exception) -> str:
-    """Return what an error says, without what some libraries add below it."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+def one_line(error: Exception) -> str:
+    """Return what an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def import_needed(module: str, what: str) -> Any:
+    """Import a module that ``what`` needs; ModuleNotFoundError says how to install it."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError:
+        name = module.partition(".")[0]
+        raise ModuleNotFoundError(f"{what} needs {name}: pip install {name}") from None
 
 
 def _open_npy(path: str) -> Opened:
@@ -146,21 +159,49 @@ def _open_hdf5(path: str) -> Opened:
 def _open_nifti(path: str) -> Opened:
     nibabel: Any = import_module("nibabel")
     compressed = path.lower().endswith(".gz")
-    image = nibabel.load(path, keep_file_open=compressed)
-    proxy = image.dataobj
+    image = _load_gzipped(nibabel, path) if compressed else nibabel.load(path)
+    proxy, stream, lock = image.dataobj, image.file_map["image"].fileobj, Lock()
     size = math.prod(image.shape) * proxy.dtype.itemsize
     held = Path(path).stat().st_size
     if compressed:
         held *= MOST_OF_DEFLATE
     if size > held:
+        if compressed:
+            stream.close()
         raise UnreadableError(
             f"{path} is truncated: {size} bytes of voxels are promised, and at most {held} there"
         )
     scaled = proxy.dtype if (proxy.slope, proxy.inter) == (1.0, 0.0) else np.dtype(np.float64)
-    read = lambda index: proxy[index].astype(scaled, copy=False)  # noqa: E731
+
+    def read(index: INDEX) -> Any:
+        with lock:
+            part = proxy[index].astype(scaled, copy=False)
+            if compressed and index[-1].indices(image.shape[-1])[1] == image.shape[-1]:
+                while stream.read(2**20):  # to the checksum, which only the end of it compares
+                    pass
+        return part
+
+    close = stream.close if compressed else None
     return Opened(
-        read, image.shape, scaled, fortran=True, sequential=compressed, affine=image.affine
+        read,
+        image.shape,
+        scaled,
+        fortran=True,
+        sequential=compressed,
+        affine=image.affine,
+        close=close,
     )
+
+
+def _load_gzipped(nibabel: Any, path: str) -> Any:
+    """Load an image from a stream that stays open: parts are read from the front on."""
+    with gzip.open(path) as stream:
+        try:
+            stream.read(NIFTI_HEADER)
+        except EOFError:
+            raise UnreadableError(f"{path} is truncated: it ends in its header") from None
+    kind = type(nibabel.load(path))
+    return kind.from_file_map({"image": nibabel.FileHolder(path, gzip.open(path))})
 
 
 def _open_tiff(path: str) -> Opened:

@@ -189,6 +189,8 @@ class Formula:
     @staticmethod
     def _place_of(s: Statistics) -> tuple[Backend, Any]:
         """Return where statistics are, and the sums there."""
+        if not isinstance(s, Statistics):
+            raise TypeError(f"s must be Statistics, got {type(s).__name__}")
         backend = cpu() if s._on_device is None else s._on_device.backend
         return backend, s._sums_for(backend)
 

@@ -121,8 +121,20 @@ def _raise_for_targets(
     if wrong.size:
         raise ValueError(
             f"targets must be {'in [0, 1]' if soft else '0 or 1'}, got {wrong[0]} {voxels}"
-            + ("" if arrangement.activation == "softmax" else _use_positive(metric))
+            + ("" if arrangement.activation == "softmax" else _advice(wrong[0], metric))
         )
+
+
+def _advice(wrong: Any, metric: bool) -> str:
+    """Say what is probably meant by targets that hold ``wrong``."""
+    if wrong != wrong:
+        return ""
+    if wrong != np.floor(wrong):
+        return "; are the arguments exchanged?"
+    if wrong < 0:
+        option = f"ignore_index={int(wrong)}"
+        return f"; {option if metric else f'loss.replace({option})'} leaves such voxels out"
+    return _use_positive(metric)
 
 
 def _slabs(shape: tuple[int, ...], voxels: int = 2**20) -> Iterator[tuple[Any, ...]]:

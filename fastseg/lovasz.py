@@ -62,10 +62,10 @@ class LovaszTerm(Term):
         if self.histogram is not None:
             return frozenset({self.histogram, "labels"})
         # A rule for empty rows must not hide a prediction that is NaN: "hard" counts them.
-        ruled = self.empty_rule() != "formula"
+        ruled = self._empty_rule() != "formula"
         return frozenset({"sorted", "labels", "hard"} if ruled else {"sorted", "labels"})
 
-    def empty_rule(self) -> str:
+    def _empty_rule(self) -> str:
         """Return what is done with rows without foreground, one of `constants.EMPTY`."""
         raise NotImplementedError  # both classes below say so
 
@@ -74,7 +74,7 @@ class LovaszTerm(Term):
         row: dict[str, float] = {
             "kind": KINDS.index("lovasz"),
             "scope": SCOPES.index(self.scope),
-            "empty": EMPTY.index(self.empty_rule()),
+            "empty": EMPTY.index(self._empty_rule()),
         }
         if self.histogram is not None:
             histogram = HISTOGRAMS[self.histogram]
@@ -132,7 +132,7 @@ class LovaszHinge(LovaszTerm):
         super().__post_init__()
         choice("empty", self.empty, EMPTY)
 
-    def empty_rule(self) -> str:
+    def _empty_rule(self) -> str:
         """Return ``empty``."""
         return self.empty
 
@@ -183,6 +183,6 @@ class LovaszSoftmax(LovaszTerm):
             choice("classes", self.classes, ("present", "all"))
         super().__post_init__()
 
-    def empty_rule(self) -> str:
+    def _empty_rule(self) -> str:
         """Leave classes without a voxel out, for "present"."""
         return "skip" if self.classes == "present" else "formula"

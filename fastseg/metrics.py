@@ -231,7 +231,8 @@ class HardScores:
             return kind
         for name in ("threshold", "positive", "track"):
             if getattr(self, name) not in (None, ()):
-                raise ValueError(f"{name} has no meaning for kind='labels'")
+                hint = "; pass masks, as labels > 0" if name == "positive" else ""
+                raise ValueError(f"{name} has no meaning for kind='labels'{hint}")
         if self.num_classes is not None and self.num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {self.num_classes}")
         if self.layout == "C":
@@ -333,7 +334,9 @@ def _sums_of_labels(
     tp, predicted, true, valid, wrong_pred, wrong_true = np.moveaxis(counts, 2, 0)
     for name, wrong in (("pred", wrong_pred), ("targets", wrong_true)):
         if wrong.any():
-            hint = "" if classes > 2 else "; pass num_classes= for more classes than two"
+            hint = "; pass num_classes= for more classes than two"
+            hint += f", and for 0/255 masks {name} > 0"
+            hint = hint if classes == 2 else ""
             raise ValueError(
                 f"{name} must hold labels in [0, {classes}), {int(wrong[:, 0].sum())} of "
                 f"{int(valid[:, 0].sum())} valid voxels do not{hint}"

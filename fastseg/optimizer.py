@@ -248,7 +248,10 @@ class Optimizer:
         states = self._updater.states
         names = ("optimizer", "step", *self._hyperparameters, *states)
         if set(state) != set(names):
-            raise ValueError(f"state must have the keys {', '.join(names)}, got {', '.join(state)}")
+            missing, strange = [n for n in names if n not in state], [*state.keys() - {*names}]
+            said = [f"lacks {', '.join(missing)}"] * bool(missing)
+            said += [f"has {', '.join(map(str, strange))}"] * bool(strange)
+            raise ValueError(f"state must have the keys {', '.join(names)}; it {', '.join(said)}")
         plain = {  # numpy.savez makes arrays of numbers
             name: value.tolist() if isinstance(value, np.ndarray) else value
             for name, value in state.items()

@@ -104,7 +104,9 @@ def arrange(
 ) -> Arrangement:
     """Check the layouts of a call; ``name`` is what the caller calls the logits."""
     if logits.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must be floating point, got {logits.dtype}")
+        raise TypeError(
+            f"{name} must be floating point, got {logits.dtype}; pass {name}.astype('float32')"
+        )
     layout = options.layout
     predictions = with_row_axes(logits, layout, name)
     if activation == "softmax":

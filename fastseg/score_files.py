@@ -54,6 +54,8 @@ def parse_labels(text: str | None) -> tuple[Regions, int | None]:
     for item in text.split(","):
         numbers, _, name = item.partition("=")
         try:
+            if any(mark in name for mark in "=;:"):
+                raise ValueError(name)
             labels = tuple(int(number) for number in numbers.split("+"))
         except ValueError:
             raise ValueError(
@@ -134,8 +136,8 @@ def pairs(pred: str, target: str, allow_missing: bool = False) -> tuple[list[Pai
         raise ValueError(f"{pred} and {target} have no volumes of the same names")
     if missing and not allow_missing:
         raise ValueError(
-            f"{len(missing)} of {target} have no prediction in {pred}: {_some(missing)}; "
-            "--allow-missing leaves them out"
+            f"{len(missing)} of the {len(truths)} volumes in {target} have no prediction in "
+            f"{pred}: {_some(missing)}; --allow-missing leaves them out"
         )
     warnings = [f"{len(missing)} without a prediction are left out: {_some(missing)}"] * bool(
         missing
@@ -205,8 +207,13 @@ class Question:
         classes = pred.ndim == target.ndim + 1 and pred.shape[1:] == target.shape
         channel = classes and pred.shape[0] == 1
         if pred.shape != target.shape and not (classes and kind != "labels"):
-            reversed_axes = pred.shape == target.shape[::-1]
-            hint = "; their axes are in opposite order: --transpose" * reversed_axes
+            hint = ""
+            if pred.shape == target.shape[::-1]:
+                hint = "; their axes are in opposite order: --transpose"
+                if self.transpose:
+                    hint = " after --transpose, and would fit without"
+            elif pred.shape[:-1] == target.shape:
+                hint = "; an axis of classes must be the first, not the last"
             raise ValueError(
                 f"{pred.path} has shape {pred.shape} and {target.path} {target.shape}{hint}"
             )

@@ -71,11 +71,14 @@ def _refuse(labels: NDArray[Any], name: str, known: set[int], keep: Any) -> None
     strange = ~np.isin(labels, list(known)) & keep
     if strange.any():
         label, count = labels[strange].flat[0], int(strange.sum())
-        hint = "; --kind probs if these are probabilities" if name == "predictions" else ""
-        hint = hint or "; --ignore-index leaves one out"
-        raise ValueError(
-            f"{name} hold {label} ({count} voxels), which --labels does not name{hint}"
+        named = ",".join(map(str, sorted(known - {0})))
+        hint = f"name it, as --labels {named},{label}, or alone, --labels {label}"
+        hint += (
+            "; --kind probs if these are probabilities"
+            if name == "predictions"
+            else "; --ignore-index leaves it out"
         )
+        raise ValueError(f"{name} hold {label} ({count} voxels), not only labels {named}: {hint}")
 
 
 def _integers(labels: NDArray[Any], name: str) -> NDArray[Any]:

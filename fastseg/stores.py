@@ -25,8 +25,8 @@ from fastseg.formats import (
     Opened,
     UnreadableError,
     container,
-    first_line,
     format_of,
+    one_line,
 )
 
 __all__ = ["UnreadableError", "Volume", "block_shape", "blocks"]
@@ -97,13 +97,13 @@ class Volume:
         except FileNotFoundError:
             raise UnreadableError(f"{self.path} does not exist") from None
         except Exception as error:  # whatever a library says of a file that is not as it should be
-            raise UnreadableError(f"{self.path} cannot be read: {first_line(error)}") from error
+            raise UnreadableError(f"{self.path} cannot be read: {one_line(error)}") from error
+        if opened.close:
+            weakref.finalize(self, opened.close)
         if opened.dtype.kind not in "biuf" or opened.dtype.itemsize > 8:
             raise UnreadableError(
                 f"{self.path} must hold booleans, integers or floats, got {opened.dtype}"
             )
-        if opened.close:
-            weakref.finalize(self, opened.close)
         size = opened.dtype.itemsize * math.prod(opened.chunks or ())
         if opened.chunks and size > memory() // 4:
             raise UnreadableError(
@@ -129,13 +129,13 @@ class Volume:
             given = (*given[:at], *(slice(None),) * missing, *given[at + 1 :])
         given = (*given, *(slice(None),) * (self.ndim - len(given)))
         if not all(isinstance(each, slice) for each in given):
-            raise TypeError(f"a Volume is indexed by slices, got {index!r}")
+            raise TypeError(f"a Volume is indexed by slices, as 3:4, got {index!r}")
         try:
             return np.asarray(self._opened.read(given))
         except MemoryError:
             raise
         except Exception as error:
-            raise UnreadableError(f"{self.path} cannot be read: {first_line(error)}") from error
+            raise UnreadableError(f"{self.path} cannot be read: {one_line(error)}") from error
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return np.asarray(self[...], dtype)

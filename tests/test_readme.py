@@ -54,12 +54,12 @@ def test_the_toy_loss_of_contributing_is_complete(tmp_path):
     import numpy as np
 
     import fastseg as fs
-    from fastseg import terms
+    from fastseg import region_terms
 
     text = (ROOT / "CONTRIBUTING.md").read_text()
     code = re.search(r"```python\n(@dataclass.*?)```", text, re.DOTALL)
     assert code is not None
-    scope = dict(vars(terms))
+    scope = dict(vars(region_terms))
     exec(compile(code[1], "CONTRIBUTING.md", "exec"), scope)
     assert len(variants(scope["MissedShare"])) > 8  # what tests/test_terms.py will make of it
     loss = scope["MissedShare"]().replace(activation=None)

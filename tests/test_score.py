@@ -134,8 +134,9 @@ def test_one_bad_case_does_not_lose_the_others(labels, tmp_path, capsys):
     bad.write_bytes(bad.read_bytes()[:50])
     output = tmp_path / "s.json"
     assert run(tmp_path / "p", tmp_path / "t", "--labels", LABELS, "--json", output) == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("fastseg: 1 of 2: ") and "a.nii.gz cannot be read" in line
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1] == "fastseg: 1 of 2 were not scored"
+    assert said[-2].startswith("not scored: ") and "a.nii.gz is truncated" in said[-2]
     found = json.loads(output.read_text())
     assert len(found["metric_per_case"]) == 1 and len(found["fastseg"]["failed"]) == 1
     assert found["mean"]["1"]["Dice"] == 1.0
@@ -157,7 +158,7 @@ def test_whatever_happens_to_a_case_the_others_are_kept(labels, tmp_path, monkey
     monkeypatch.setattr(cli_score, "score", failing)
     output = tmp_path / "s.json"
     assert run(tmp_path / "p", tmp_path / "t", "--labels", LABELS, "--json", output) == 2
-    assert "1 of 2: a: MemoryError: no more" in capsys.readouterr().err
+    assert "not scored: a: MemoryError: no more\n" in capsys.readouterr().err
     assert len(json.loads(output.read_text())["metric_per_case"]) == 1
 
 
@@ -176,7 +177,9 @@ def test_labels_that_are_not_named_are_counted_where_they_count():
 
     pred, truth = np.zeros((2, 4, 4, 4), np.uint8)
     truth[0], pred[0], pred[2, 2, 2] = 9, 7, 3
-    with pytest.raises(ValueError, match=r"predictions hold 3 \(1 voxels\), which --labels"):
+    with pytest.raises(
+        ValueError, match=r"predictions hold 3 \(1 voxels\), not only labels 1: name it"
+    ):
         LabelScores(((1,),), ignore_index=9).statistics(pred, truth)
 
 
@@ -310,6 +313,11 @@ BAD = [
     bad(lambda p, t: (p / 3, t), "--kind", "labels", message="must be labels, got 0."),
     bad(lambda p, t: (p, t), "--kind", "scores", message="kind must be logits, probs or labels"),
     bad(lambda p, t: (p, t), "--labels", "one", message="labels must read like 1=liver"),
+    bad(lambda p, t: (p, t), "--labels", "1=a 2=b", message="labels must read like 1=liver"),
+    bad(lambda p, t: (p, t), "--labels", "1=a;2=b", message="labels must read like 1=liver"),
+    bad(lambda p, t: (p * 255, t), message="labels 1: name it, as --labels 1,25"),
+    bad(lambda p, t: (p, t), "--transpose", message="after --transpose, and would fit without"),
+    bad(lambda p, t: (np.stack([p, p], -1), t), message="classes must be the first, not the last"),
     bad(lambda p, t: (p, t), "--labels", "none.json", message="none.json does not exist"),
     bad(lambda p, t: (p, t), "--labels", "1=a,2=a", message="labels name 'a' twice"),
     bad(lambda p, t: (p, t), "--threshold", "1", message="p.npy holds labels"),
