@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 import fastseg as fs
-from fastseg_kernels.cpu import passes, plans
+from fastseg_kernels.cpu import passes
 
 LOSSES = {
     "bce and jaccard": fs.BCE() + fs.SoftJaccard(),
@@ -26,16 +25,6 @@ LOSSES = {
 }
 KEPT = {"bce and jaccard", "pos_weight", "l1", "squared", "tversky"}
 SPECIAL = (np.inf, -np.inf, 0.0, -0.0, 1e-30, -1e-30, 87.7, -87.7, 1e30, -1e30)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def keeping() -> Iterator[None]:
-    """Keep what the gradient needs on any CPU: where it does not pay it must be right, too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plans, "KEEPS", True)
-        plans.plan_of.cache_clear()
-        yield
-    plans.plan_of.cache_clear()
 
 
 def volume(voxels: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
@@ -285,9 +274,8 @@ def test_masks_of_any_dtype_leave_out_what_is_stored_there(weighted):
 OTHER_WAY = """
 import hashlib, sys
 import numpy as np
-from fastseg_kernels.cpu import halves, plans, points, tiles
+from fastseg_kernels.cpu import halves, points, tiles
 points.HAS_MASKS = tiles.HAS_MASKS = points.HAS_MASKS != flip
-plans.KEEPS = not points.HAS_MASKS
 halves.HAS_HALF = halves.HAS_HALF and not flip
 import fastseg as fs
 rng = np.random.default_rng(0)
@@ -304,7 +292,7 @@ print(digest.hexdigest())
 
 
 def test_the_same_bits_come_by_the_ways_of_other_cpus():
-    """With masks or without, in one loop or two, kept or not, with F16C or in integers."""
+    """With masks or without, in one loop or two, with F16C or in integers."""
     environment = os.environ | {"FASTSEG_CACHE_DIR": ""}
     said = [
         subprocess.run(

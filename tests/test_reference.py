@@ -89,8 +89,8 @@ def gradient_of(name, probs, targets, weights=None, **smoothing):
 
 def test_reference_exports_every_public_function():
     modules = [
-        *("cross_entropy", "curves", "hard", "links", "logistic", "lovasz"),
-        *("multiclass", "overlap", "updates"),
+        *("cross_entropy", "curves", "hard", "links", "logistic", "lovasz", "lovasz_bins"),
+        *("multiclass", "overlap", "region_scores", "updates"),
     ]
     expected = set()
     for name in modules:
@@ -106,7 +106,10 @@ def test_reference_exports_every_public_function():
 
 @pytest.mark.parametrize(
     "name",
-    ["cross_entropy", "curves", "hard", "links", "logistic", "lovasz", "overlap", "updates"],
+    [
+        *("cross_entropy", "curves", "hard", "links", "logistic", "lovasz", "lovasz_bins"),
+        *("multiclass", "overlap", "region_scores", "updates"),
+    ],
 )
 def test_reference_examples_run(name):
     got = doctest.testmod(importlib.import_module(f"fastseg_kernels.reference.{name}"))

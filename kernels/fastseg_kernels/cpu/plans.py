@@ -20,7 +20,7 @@ from fastseg_kernels.cpu.overlap import block_length
 from fastseg_kernels.cpu.softmax_stage import MOST_CLASSES, tile_load_kernel
 from fastseg_kernels.cpu.stage import EXCLUDED_INPUT, load_kernel, store_kernel
 from fastseg_kernels.cpu.threads import SHARED_FROM
-from fastseg_kernels.cpu.variants import HAS_MASKS, Variant
+from fastseg_kernels.cpu.variants import Variant
 from fastseg_kernels.problem import Arrangement
 from fastseg_kernels.views import Geometry, Layout, merge_layouts
 
@@ -51,10 +51,6 @@ class Plan(NamedTuple):
     gradients: dict[tuple[frozenset[str], bool], Call]  # by the loss's families, and by `keeps`
     keeps: bool = False  # arrays are such that statistics may keep something for the gradient
 
-
-KEEPS = not HAS_MASKS
-"""Whether statistics keep something for the gradient. That is 8 bytes a voxel more and a third of
-the arithmetic less, which pays with vectors of 256 bits; with 512 it made no difference."""
 
 OPERANDS = ("logits", "targets", "mask", "weights", "out")
 """As they are called in a job, in the order of `Problem.addresses`."""
@@ -128,7 +124,7 @@ def plan_of(arrangement: Arrangement, out: Layout | None) -> Plan:
     share = prod(shape) >= SHARED_FROM
     task_rows = int(record["inner_classes"])
     lies_right = bool(record["direct"] and record["in_place"])
-    keeps = KEEPS and lies_right and variant.of_binary_logits
+    keeps = lies_right and variant.of_binary_logits
     return Plan(job, overlap, variant, tasks, blocks, task_rows, share, {}, {}, keeps)
 
 

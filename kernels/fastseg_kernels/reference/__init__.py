@@ -41,10 +41,8 @@ from .multiclass import (
     softmax_gradient,
     softmax_nll,
 )
-from .overlap import (
-    error_sums,
-    gradient_wrt_logits,
-    overlap_sums,
+from .overlap import error_sums, gradient_wrt_logits, overlap_sums
+from .region_scores import (
     soft_dice_score,
     soft_dice_score_gradient,
     soft_jaccard_index,

@@ -40,7 +40,7 @@ Counts = NDArray[np.float64]
 """Numbers of voxels: float64 holds integers to 2^53, and products beyond that do not overflow."""
 
 
-def divided(numerator: ArrayLike, denominator: ArrayLike, otherwise: ArrayLike = 0.0) -> Counts:
+def _divided(numerator: ArrayLike, denominator: ArrayLike, otherwise: ArrayLike = 0.0) -> Counts:
     """Return n / d, and `otherwise` where d is 0."""
     d = np.asarray(denominator, dtype=np.float64)
     return np.where(d == 0, otherwise, numerator / np.where(d == 0, 1.0, d))
@@ -67,7 +67,7 @@ def jaccard_loss_of_counts(f: ArrayLike, b: ArrayLike, P: ArrayLike) -> NDArray[
     [0.0, 0.666667, 0.0, 1.0]
     """
     f, b, P = (np.asarray(count, dtype=np.float64) for count in (f, b, P))
-    return divided(f + b, P + b)
+    return _divided(f + b, P + b)
 
 
 def _before_and_after(
@@ -110,10 +110,10 @@ def group_weights(
     True
     """
     U, inter, U_after, inter_after = _before_and_after(f, b, n1, n0, P)
-    foreground = (divided(1.0, U) + divided(1.0, U_after)) / 2
+    foreground = (_divided(1.0, U) + _divided(1.0, U_after)) / 2
     # U = 0 is the start of a row without foreground, whose U' is n0
     background = np.where(
-        U == 0, divided(1.0, U_after), divided(inter + inter_after, 2 * U * U_after)
+        U == 0, _divided(1.0, U_after), _divided(inter + inter_after, 2 * U * U_after)
     )
     return foreground, background
 
@@ -147,9 +147,9 @@ def group_weight_bounds(
     ([1.0, 0.0], [1.0, 1.0])
     """
     U, inter, U_after, inter_after = _before_and_after(f, b, n1, n0, P)
-    foreground = divided(1.0, U_after), divided(1.0, U)
-    low = divided(inter_after, (U_after - 1) * U_after, otherwise=U_after == 1)
-    high = divided(inter, U * (U + 1), otherwise=1.0)
+    foreground = _divided(1.0, U_after), _divided(1.0, U)
+    low = _divided(inter_after, (U_after - 1) * U_after, otherwise=U_after == 1)
+    high = _divided(inter, U * (U + 1), otherwise=1.0)
     return foreground, (low, high)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .lovasz import Counts, divided, group_weight_bounds, group_weights
+from .lovasz import Counts, _divided, group_weight_bounds, group_weights
 
 
 def _descending(*columns: ArrayLike) -> list[Counts]:
@@ -83,7 +83,7 @@ def _most_spread(
 ) -> tuple[tuple[Counts, Counts], ...]:
     """Return n errors in [a, a + width] with the sum S, all but one at an edge, as (level, n)."""
     above = np.maximum(S - n * a, 0)
-    at_top = np.minimum(np.floor(divided(above, width)), n)
+    at_top = np.minimum(np.floor(_divided(above, width)), n)
     top = np.where(at_top > 0, width, 0.0)  # not infinity times 0
     one = np.minimum(n - at_top, 1)
     return (a + top, at_top), (a + above - at_top * top, one), (a, n - at_top - one)
@@ -122,7 +122,7 @@ def lovasz_range_of_histogram(
         lower_edges, foreground_counts, background_counts, foreground_sums, background_sums
     )
     width, none = np.concatenate([[np.inf], a[:-1]]) - a, np.zeros_like(a)
-    low = _extension_of_levels((divided(S1, n1), n1, none), (divided(S0, n0), none, n0))
+    low = _extension_of_levels((_divided(S1, n1), n1, none), (_divided(S0, n0), none, n0))
     high = _extension_of_levels(
         *((level, n, none) for level, n in _most_spread(a, width, n1, S1)),
         *((level, none, n) for level, n in _most_spread(a, width, n0, S0)),

@@ -1,4 +1,4 @@
-r"""Region scores of soft predictions and their gradients, in float64.
+r"""The sums that region scores are made of, and how a score becomes a gradient, in float64.
 
 Targets p and probabilities q, (N, C, \*spatial). A row is one (sample, class); every score is a
 function of three sums over the row, I = sum p q, P = sum p and Q = sum q, and so its gradient is
@@ -12,14 +12,9 @@ denominator is clamped below at `eps`; where the clamp holds the denominator is 
 
 References
 ----------
-Soft Jaccard index: M. A. Rahman and Y. Wang, "Optimizing Intersection-Over-Union in Deep Neural
-Networks for Image Segmentation", ISVC 2016. Tversky index, of which the soft Dice score is the case
-alpha = beta = 1/2: S. S. M. Salehi, D. Erdogmus and A. Gholipour, "Tversky loss function for image
-segmentation using 3D fully convolutional deep networks", MLMI 2017. The form "squared" of the soft
-Dice score: F. Milletari, N. Navab and S. Ahmadi, "V-Net", 3DV 2016. The form "l1": Z. Wang, T.
-Popordanoska, J. Bertels, R. Lemmens and M. B. Blaschko, "Dice Semimetric Losses", MICCAI 2023, and
-Z. Wang, X. Ning and M. B. Blaschko, "Jaccard Metric Losses", NeurIPS 2023. The smoothing terms and
-`eps` are not in these papers; at their defaults of 0 the formulas are the papers'.
+The form "l1": Z. Wang, T. Popordanoska, J. Bertels, R. Lemmens and M. B. Blaschko, "Dice Semimetric
+Losses", MICCAI 2023, and Z. Wang, X. Ning and M. B. Blaschko, "Jaccard Metric Losses", NeurIPS
+2023. The scores themselves, with their sources, are in ``region_scores.py``.
 """
 
 import numpy as np
@@ -154,176 +149,6 @@ def _chain(
     of_probs_sum = 2 * q if form == "squared" else 1.0
     with np.errstate(invalid="ignore"):  # infinite slopes of a row whose denominator is 0
         return np.where(w == 0, 0, w * (dI * of_intersection + dQ * of_probs_sum))
-
-
-def soft_jaccard_index(
-    intersection: ArrayLike,
-    targets_sum: ArrayLike,
-    probs_sum: ArrayLike,
-    *,
-    smooth_num: float = 0.0,
-    smooth_den: float = 0.0,
-    eps: float = 0.0,
-) -> NDArray[np.float64]:
-    r"""Return the soft Jaccard index of every row (Rahman and Wang 2016).
-
-    .. math:: \tilde J = \frac{I + n_0}{\max(P + Q - I + d_0,\ \epsilon)}
-
-    Parameters
-    ----------
-    intersection, targets_sum, probs_sum : array_like
-        I, P and Q of `overlap_sums`, (N, C).
-    smooth_num, smooth_den, eps : float
-        n_0, d_0 and the floor of the denominator.
-
-    Returns
-    -------
-    ndarray of float64
-        (N, C).
-
-    Examples
-    --------
-    >>> float(soft_jaccard_index(1, 2, 2)) == 1 / 3
-    True
-    """
-    I_ = np.asarray(intersection, dtype=np.float64)
-    P = np.asarray(targets_sum, dtype=np.float64)
-    Q = np.asarray(probs_sum, dtype=np.float64)
-    return _quotient(I_ + smooth_num, P + Q - I_ + smooth_den, eps)
-
-
-def soft_jaccard_index_gradient(
-    probs: ArrayLike,
-    targets: ArrayLike,
-    weights: ArrayLike | None = None,
-    *,
-    smooth_num: float = 0.0,
-    smooth_den: float = 0.0,
-    eps: float = 0.0,
-    form: str = "product",
-) -> NDArray[np.float64]:
-    r"""Return the gradient of the soft Jaccard index with respect to the probabilities.
-
-    .. math:: \frac{dJ}{dI} = \frac{U + N}{U^2}, \quad \frac{dJ}{dQ} = -\frac{N}{U^2}
-              \quad\text{with}\quad N = I + n_0,\ U = P + Q - I + d_0 \ge \epsilon
-
-    Parameters as in `overlap_sums` and `soft_jaccard_index`; returns (N, C, \*spatial) float64.
-    """
-    I_, P, Q = overlap_sums(probs, targets, weights, form)
-    numerator = I_ + smooth_num  # d/dI = 1, d/dQ = 0
-    denominator = P + Q - I_ + smooth_den  # d/dI = -1, d/dQ = 1
-    dI = _quotient_rule(numerator, 1, denominator, -1, eps)
-    dQ = _quotient_rule(numerator, 0, denominator, 1, eps)
-    return _chain(dI, dQ, _voxels(probs, targets, weights), form)
-
-
-def soft_dice_score(
-    intersection: ArrayLike,
-    targets_sum: ArrayLike,
-    probs_sum: ArrayLike,
-    *,
-    smooth_num: float = 0.0,
-    smooth_den: float = 0.0,
-    eps: float = 0.0,
-) -> NDArray[np.float64]:
-    r"""Return the soft Dice score of every row, with plain (not squared) sums below.
-
-    .. math:: \tilde D = \frac{2 I + n_0}{\max(P + Q + d_0,\ \epsilon)}
-
-    Parameters and return value as in `soft_jaccard_index`.
-
-    Examples
-    --------
-    >>> float(soft_dice_score(1, 2, 2))
-    0.5
-    """
-    I_ = np.asarray(intersection, dtype=np.float64)
-    P = np.asarray(targets_sum, dtype=np.float64)
-    Q = np.asarray(probs_sum, dtype=np.float64)
-    return _quotient(2 * I_ + smooth_num, P + Q + smooth_den, eps)
-
-
-def soft_dice_score_gradient(
-    probs: ArrayLike,
-    targets: ArrayLike,
-    weights: ArrayLike | None = None,
-    *,
-    smooth_num: float = 0.0,
-    smooth_den: float = 0.0,
-    eps: float = 0.0,
-    form: str = "product",
-) -> NDArray[np.float64]:
-    r"""Return the gradient of the soft Dice score with respect to the probabilities.
-
-    .. math:: \frac{dD}{dI} = \frac{2}{S}, \quad \frac{dD}{dQ} = -\frac{N}{S^2}
-              \quad\text{with}\quad N = 2 I + n_0,\ S = P + Q + d_0 \ge \epsilon
-
-    Parameters as in `overlap_sums` and `soft_jaccard_index`; returns (N, C, \*spatial) float64.
-    """
-    I_, P, Q = overlap_sums(probs, targets, weights, form)
-    numerator = 2 * I_ + smooth_num  # d/dI = 2, d/dQ = 0
-    denominator = P + Q + smooth_den  # d/dI = 0, d/dQ = 1
-    dI = _quotient_rule(numerator, 2, denominator, 0, eps)
-    dQ = _quotient_rule(numerator, 0, denominator, 1, eps)
-    return _chain(dI, dQ, _voxels(probs, targets, weights), form)
-
-
-def tversky_index(
-    intersection: ArrayLike,
-    targets_sum: ArrayLike,
-    probs_sum: ArrayLike,
-    alpha: float,
-    beta: float,
-    *,
-    smooth_num: float = 0.0,
-    smooth_den: float = 0.0,
-    eps: float = 0.0,
-) -> NDArray[np.float64]:
-    r"""Return the Tversky index of every row (Salehi et al. 2017).
-
-    .. math:: T = \frac{I + n_0}{\max(I + \alpha (Q - I) + \beta (P - I) + d_0,\ \epsilon)}
-
-    `alpha` weighs the false positives Q - I, `beta` the false negatives P - I. The Jaccard index is
-    alpha = beta = 1, the Dice score alpha = beta = 1/2 (and half its smoothing terms). Other
-    parameters and return value as in `soft_jaccard_index`.
-
-    Examples
-    --------
-    >>> float(tversky_index(1, 2, 2, alpha=0.3, beta=0.7))
-    0.5
-    """
-    I_ = np.asarray(intersection, dtype=np.float64)
-    P = np.asarray(targets_sum, dtype=np.float64)
-    Q = np.asarray(probs_sum, dtype=np.float64)
-    return _quotient(I_ + smooth_num, I_ + alpha * (Q - I_) + beta * (P - I_) + smooth_den, eps)
-
-
-def tversky_index_gradient(
-    probs: ArrayLike,
-    targets: ArrayLike,
-    alpha: float,
-    beta: float,
-    weights: ArrayLike | None = None,
-    *,
-    smooth_num: float = 0.0,
-    smooth_den: float = 0.0,
-    eps: float = 0.0,
-    form: str = "product",
-) -> NDArray[np.float64]:
-    r"""Return the gradient of the Tversky index with respect to the probabilities.
-
-    .. math:: \frac{dT}{dI} = \frac{D - (1 - \alpha - \beta) N}{D^2}, \quad
-              \frac{dT}{dQ} = -\frac{\alpha N}{D^2} \quad\text{with}\quad
-              N = I + n_0,\ D = I + \alpha (Q - I) + \beta (P - I) + d_0 \ge \epsilon
-
-    Parameters as in `overlap_sums` and `tversky_index`; returns (N, C, \*spatial) float64.
-    """
-    I_, P, Q = overlap_sums(probs, targets, weights, form)
-    numerator = I_ + smooth_num  # d/dI = 1, d/dQ = 0
-    denominator = I_ + alpha * (Q - I_) + beta * (P - I_) + smooth_den
-    dI = _quotient_rule(numerator, 1, denominator, 1 - alpha - beta, eps)
-    dQ = _quotient_rule(numerator, 0, denominator, alpha, eps)
-    return _chain(dI, dQ, _voxels(probs, targets, weights), form)
 
 
 def gradient_wrt_logits(
