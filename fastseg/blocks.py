@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -328,19 +329,17 @@ def _check(loss: Loss | Scores, arrays: dict[str, Any]) -> None:
         loss.check_arrays(*(arrays.get(name) for name in ("logits", "targets", "mask")))
 
 
-def _checked_block(
-    block: Sequence[int] | None, shape: tuple[int, ...], array: Any
-) -> tuple[int, ...]:
+def _checked_block(block: Any, shape: tuple[int, ...], array: Any) -> tuple[int, ...]:
     if block is None:
         rows = math.prod(tuple(array.shape)[: len(array.shape) - len(shape)])
         return block_shape(array, len(shape), max(1, BLOCK_VOXELS // max(1, rows)))
-    given = tuple(block) if isinstance(block, Sequence) else (block,)
+    given: tuple[Any, ...] = (block,) if isinstance(block, Integral) else tuple(block)
     if len(given) != len(shape) or min(given, default=1) < 1:
         raise ValueError(
             f"block must have a positive number for each of the {len(shape)} spatial axes, got "
             f"{given}; axes before these are those of the loss's layout, layout='' for none"
         )
-    return tuple(int(min(pair)) for pair in zip(block, shape, strict=True))
+    return tuple(int(min(pair)) for pair in zip(given, shape, strict=True))
 
 
 def _identity(array: Any) -> list[Any]:

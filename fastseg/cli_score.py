@@ -75,7 +75,7 @@ def run(
         _print(console, document, [answer.pair.name for answer in answers])
     for line in document["fastseg"]["warnings"]:
         errors.print(f"warning: {line}", style="yellow", markup=False, soft_wrap=True)
-    if json_path is not None:
+    if json_path is not None and (answers or len(found) > 1):
         write_json(document, json_path)
     if error_map is not None and answers:
         values = 1.0 - answers[0].table.scores()

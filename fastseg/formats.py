@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import re
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,8 +103,10 @@ def import_needed(module: str, what: str) -> Any:
     """Import a module that ``what`` needs; ModuleNotFoundError says how to install it."""
     try:
         return import_module(module)
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
         name = module.partition(".")[0]
+        if error.name not in (module, name):
+            raise  # something that it needs itself
         raise ModuleNotFoundError(f"{what} needs {name}: pip install {name}") from None
 
 
@@ -159,29 +163,29 @@ def _open_hdf5(path: str) -> Opened:
 def _open_nifti(path: str) -> Opened:
     nibabel: Any = import_module("nibabel")
     compressed = path.lower().endswith(".gz")
-    image = _load_gzipped(nibabel, path) if compressed else nibabel.load(path)
-    proxy, stream, lock = image.dataobj, image.file_map["image"].fileobj, Lock()
+    if compressed:
+        with gzip.open(path) as stream:
+            try:
+                stream.read(NIFTI_HEADER)
+            except EOFError:
+                raise UnreadableError(f"{path} is truncated: it ends in its header") from None
+    image = nibabel.load(path)
+    proxy = image.dataobj
     size = math.prod(image.shape) * proxy.dtype.itemsize
     held = Path(path).stat().st_size
     if compressed:
         held *= MOST_OF_DEFLATE
     if size > held:
-        if compressed:
-            stream.close()
         raise UnreadableError(
             f"{path} is truncated: {size} bytes of voxels are promised, and at most {held} there"
         )
     scaled = proxy.dtype if (proxy.slope, proxy.inter) == (1.0, 0.0) else np.dtype(np.float64)
+    inner = _Gzipped(path, type(image)) if compressed else None
 
     def read(index: INDEX) -> Any:
-        with lock:
-            part = proxy[index].astype(scaled, copy=False)
-            if compressed and index[-1].indices(image.shape[-1])[1] == image.shape[-1]:
-                while stream.read(2**20):  # to the checksum, which only the end of it compares
-                    pass
-        return part
+        part = proxy[index] if inner is None else inner.read(index)
+        return part.astype(scaled, copy=False)
 
-    close = stream.close if compressed else None
     return Opened(
         read,
         image.shape,
@@ -189,19 +193,70 @@ def _open_nifti(path: str) -> Opened:
         fortran=True,
         sequential=compressed,
         affine=image.affine,
-        close=close,
+        close=None if inner is None else inner.close,
     )
 
 
-def _load_gzipped(nibabel: Any, path: str) -> Any:
-    """Load an image from a stream that stays open: parts are read from the front on."""
-    with gzip.open(path) as stream:
+class _Gzipped:
+    """A compressed image, through a stream that stays open: parts are read from the front on.
+
+    It is opened by the first read, and anew in a process that was forked: a place in a file is the
+    same for all who inherit it.
+    """
+
+    def __init__(self, path: str, kind: Any) -> None:
+        self._path, self._kind = path, kind
+        self._lock = Lock()
+        self._stream: Any = None
+        self._proxy: Any = None
+        _GZIPPED.add(self)
+
+    def _open(self) -> Any:
+        nibabel: Any = import_module("nibabel")
+        self._stream = gzip.open(self._path)  # noqa: SIM115  (it stays open)
+        holder = nibabel.FileHolder(self._path, self._stream)
+        self._proxy = self._kind.from_file_map({"image": holder}).dataobj
+        return self._proxy
+
+    def read(self, index: INDEX) -> Any:
+        """Return a part; with the last voxels the checksum at the end of the file is compared."""
+        with self._lock:
+            proxy = self._open() if self._proxy is None else self._proxy
+            part, last = proxy[index], proxy.shape[-1] - 1
+            if last in range(*index[-1].indices(last + 1)):
+                self._read_to_the_end()
+        return part
+
+    def _read_to_the_end(self) -> None:
         try:
-            stream.read(NIFTI_HEADER)
-        except EOFError:
-            raise UnreadableError(f"{path} is truncated: it ends in its header") from None
-    kind = type(nibabel.load(path))
-    return kind.from_file_map({"image": nibabel.FileHolder(path, gzip.open(path))})
+            while self._stream.read(2**20):
+                pass
+        except gzip.BadGzipFile as error:
+            if "Not a gzipped file" not in str(error):  # what lies behind the last member
+                raise
+
+    def close(self) -> None:
+        """Close the stream; a read opens another."""
+        if self._stream is not None:
+            self._stream.close()
+        self._stream = self._proxy = None
+
+    def forked(self) -> None:
+        """Forget what belongs to the parent, a lock that one of its threads held included."""
+        self._lock = Lock()
+        self.close()
+
+
+_GZIPPED: WeakSet[_Gzipped] = WeakSet()
+
+
+def _forked() -> None:
+    for each in _GZIPPED:
+        each.forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def _open_tiff(path: str) -> Opened:

@@ -18,6 +18,7 @@ from fastseg_kernels.constants import BASE_COLUMNS, FLOAT_DTYPES, TARGETS_AS_STO
 from fastseg_kernels.problem import Arrangement, Problem
 from fastseg_kernels.views import View
 
+MOST_LABEL = 2**63
 _INVALID, _COUNT = BASE_COLUMNS.index("invalid"), BASE_COLUMNS.index("count")
 
 
@@ -127,7 +128,7 @@ def _raise_for_targets(
 
 def _advice(wrong: Any, metric: bool) -> str:
     """Say what is probably meant by targets that hold ``wrong``."""
-    if wrong != wrong:
+    if not abs(wrong) < MOST_LABEL:  # NaN too
         return ""
     if wrong != np.floor(wrong):
         return "; are the arguments exchanged?"

@@ -21,7 +21,7 @@ import numpy as np
 import fastseg as fs
 from fastseg.blocks import BlockTable, statistics_per_block
 from fastseg.formats import ENDINGS
-from fastseg.score_sums import LabelScores, ProbabilityScores, stored_top
+from fastseg.score_sums import MOST_LABEL, LabelScores, ProbabilityScores, stored_top
 from fastseg.scores import dice_from_counts, jaccard_from_counts
 from fastseg.statistics import Statistics, concatenate_statistics
 from fastseg.stores import Transposed, Volume, block_shape
@@ -33,8 +33,6 @@ Regions = dict[str, tuple[int, ...]]
 """Names of classes, and the labels that each consists of."""
 SAME_PLACE = 1e-3
 """Difference of two affines' entries, in mm, from which on they are said to differ."""
-MOST_LABEL = 2**16
-"""Labels are below this: every label up to the largest is counted."""
 
 
 # Classes
@@ -212,7 +210,7 @@ class Question:
                 hint = "; their axes are in opposite order: --transpose"
                 if self.transpose:
                     hint = " after --transpose, and would fit without"
-            elif pred.shape[:-1] == target.shape:
+            elif pred.shape[:-1] == target.shape and kind != "labels":
                 hint = "; an axis of classes must be the first, not the last"
             raise ValueError(
                 f"{pred.path} has shape {pred.shape} and {target.path} {target.shape}{hint}"

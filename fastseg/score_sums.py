@@ -13,6 +13,9 @@ from fastseg.metrics import HardScores
 from fastseg.statistics import Statistics
 from fastseg_kernels.constants import CURVE_BINS
 
+MOST_LABEL = 2**16
+"""Labels are below this: every label up to the largest is counted."""
+
 
 @dataclass(frozen=True)
 class LabelScores:
@@ -72,13 +75,16 @@ def _refuse(labels: NDArray[Any], name: str, known: set[int], keep: Any) -> None
     if strange.any():
         label, count = labels[strange].flat[0], int(strange.sum())
         named = ",".join(map(str, sorted(known - {0})))
-        hint = f"name it, as --labels {named},{label}, or alone, --labels {label}"
-        hint += (
-            "; --kind probs if these are probabilities"
-            if name == "predictions"
-            else "; --ignore-index leaves it out"
+        hints = ["--ignore-index leaves it out"]
+        if name == "predictions":
+            hints = ["--kind probs if these are probabilities"]
+        if 0 < label < MOST_LABEL:
+            is_mask = set(np.unique(labels).tolist()) <= {0, int(label)}
+            hints = [f"--labels {label}" if is_mask else f"add {label} to --labels", *hints]
+        raise ValueError(
+            f"{name} hold {label} ({count} voxels), which is none of the labels {named}: "
+            + "; ".join(hints)
         )
-        raise ValueError(f"{name} hold {label} ({count} voxels), not only labels {named}: {hint}")
 
 
 def _integers(labels: NDArray[Any], name: str) -> NDArray[Any]:

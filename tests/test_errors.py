@@ -215,6 +215,7 @@ BAD: list[Row] = [
     (lambda: fs.jaccard_index(X, T, reduction="median"), ValueError, "reduction must be one of"),
     (lambda: fs.jaccard_index(X, T * 255), ValueError, "targets must be 0 or 1, got 255"),
     (lambda: LOSS(X, T * np.float32(np.nan)), ValueError, r"in \[0, 1\], got nan \(invalid voxels: 210 of 210\)$"),
+    (lambda: LOSS(X, np.full(T.shape, -np.inf)), ValueError, r"got -inf \(invalid voxels: 210 of 210\)$"),
     (lambda: LOSS(T.astype(np.float32), X), ValueError, "got -?[0-9.]+ .*; are the arguments exchanged"),
     (lambda: LOSS(X, T.astype(int) - 1), ValueError, r"got -1 .*; loss.replace\(ignore_index=-1\) leaves"),
     (lambda: fs.jaccard_index(T * 255, T * 255), ValueError, "for 0/255 masks pred > 0"),

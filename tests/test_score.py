@@ -178,7 +178,7 @@ def test_labels_that_are_not_named_are_counted_where_they_count():
     pred, truth = np.zeros((2, 4, 4, 4), np.uint8)
     truth[0], pred[0], pred[2, 2, 2] = 9, 7, 3
     with pytest.raises(
-        ValueError, match=r"predictions hold 3 \(1 voxels\), not only labels 1: name it"
+        ValueError, match=r"predictions hold 3 \(1 voxels\), which is none of the labels 1: add 3"
     ):
         LabelScores(((1,),), ignore_index=9).statistics(pred, truth)
 
@@ -315,9 +315,12 @@ BAD = [
     bad(lambda p, t: (p, t), "--labels", "one", message="labels must read like 1=liver"),
     bad(lambda p, t: (p, t), "--labels", "1=a 2=b", message="labels must read like 1=liver"),
     bad(lambda p, t: (p, t), "--labels", "1=a;2=b", message="labels must read like 1=liver"),
-    bad(lambda p, t: (p * 255, t), message="labels 1: name it, as --labels 1,25"),
+    bad(
+        lambda p, t: ((p > 0) * np.uint8(255), t),
+        message="which is none of the labels 1: --labels 25",
+    ),
     bad(lambda p, t: (p, t), "--transpose", message="after --transpose, and would fit without"),
-    bad(lambda p, t: (np.stack([p, p], -1), t), message="classes must be the first, not the last"),
+    bad(lambda p, t: (np.stack([p / 3, p / 3], -1), t), message="must be the first, not the last"),
     bad(lambda p, t: (p, t), "--labels", "none.json", message="none.json does not exist"),
     bad(lambda p, t: (p, t), "--labels", "1=a,2=a", message="labels name 'a' twice"),
     bad(lambda p, t: (p, t), "--threshold", "1", message="p.npy holds labels"),

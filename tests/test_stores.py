@@ -489,3 +489,34 @@ def test_errors_name_the_block_and_keep_what_is_done(data, tmp_path):
         gradient_per_block(LOSS, *data, LOSS.statistics(*data), np.empty(3, np.float32))
     with pytest.raises(ValueError, match="track and weight_map are a loss's"):
         statistics_per_block(fs.HardScores(layout=""), *data, track=("hard",))
+
+
+def test_a_compressed_volume_is_read_by_forked_processes(tmp_path):
+    """Each has a place of its own in the file, though the volume was opened before."""
+    array = np.random.default_rng(0).integers(0, 3, (9, 8, 40), np.uint8)
+    volume = Volume(save_nifti(tmp_path / "v.nii.gz", array))
+    assert np.array_equal(volume[:, :, :3], array[:, :, :3])
+    children = []
+    for start in range(0, 40, 10):
+        child = os.fork()
+        if child == 0:
+            part = (slice(None), slice(None), slice(start, start + 10))
+            os._exit(0 if np.array_equal(volume[part], array[part]) else 1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    assert np.array_equal(volume[:, :, ::-1], array[:, :, ::-1])
+
+
+def test_what_lies_behind_a_compressed_volume_is_not_its(tmp_path):
+    array = np.random.default_rng(0).integers(0, 3, (30, 40, 50), np.uint8)
+    path = save_nifti(tmp_path / "v.nii.gz", array)
+    path.write_bytes(path.read_bytes() + b"garbage")
+    assert np.array_equal(np.asarray(Volume(path)), array)
+
+
+def test_blocks_of_one_axis_and_of_numpy(tmp_path):
+    loss = fs.BCE().replace(layout="")
+    logits, targets = np.zeros(20, np.float32), np.ones(20, np.uint8)
+    for block in (8, (8,), np.array([8])):
+        table = statistics_per_block(loss, logits, targets, block=block)
+        assert repr(table) == "<BlockTable of (20,), 3 of 3 blocks done>"

@@ -92,28 +92,15 @@ def plan_of(arrangement: Arrangement, out: Layout | None) -> Plan:
     record["block"] = block_length(voxels)
     record["blocks"] = -(-voxels // block_length(voxels))
     record["inner_classes"] = shape[1] if interleaved else 1
-    wanted = ("bool", "uint8", "int8") if kind == "binary" else (real,)  # -1 is invalid as 255
     record["direct"] = (
-        not weighted
-        and arrangement.mask is None
-        and arrangement.ignore_index is None
-        and logits.dtype == real
-        and targets.dtype in wanted
-        and as_stored
-        and is_run(geometry, 0, logits)
-        and is_run(geometry, 1, targets)
-        and not interleaved
+        not interleaved and as_stored and _are_read_in_place(arrangement, geometry, kind)
     )
     _fill_labels(record, arrangement, labelled)
     record["threshold"] = arrangement.threshold
     record["excluded_input"] = EXCLUDED_INPUT[arrangement.activation]
     if not record["direct"]:
         record["load"] = load_kernel(real, kind == "binary").address
-        record["logits"]["convert"] = conversion(logits.dtype, real)
-        if labelled:
-            record["classify"] = codes_kernel(targets.dtype).address
-        else:
-            record["targets"]["convert"] = conversion(targets.dtype, real)
+        _fill_targets(record, arrangement, labelled)
         _fill_conversions(record, arrangement)
     if out is not None:
         _fill_output(record, geometry, out, real)
@@ -126,6 +113,20 @@ def plan_of(arrangement: Arrangement, out: Layout | None) -> Plan:
     lies_right = bool(record["direct"] and record["in_place"])
     keeps = lies_right and variant.of_binary_logits
     return Plan(job, overlap, variant, tasks, blocks, task_rows, share, {}, {}, keeps)
+
+
+def _are_read_in_place(arrangement: Arrangement, geometry: Geometry, kind: str) -> bool:
+    """Tell whether both are stored as the loops want them, with nothing that is left out."""
+    logits, targets, real = arrangement.logits, arrangement.targets, arrangement.real
+    wanted = ("bool", "uint8", "int8") if kind == "binary" else (real,)  # -1 is invalid as 255
+    return (
+        arrangement.weights is arrangement.mask is None
+        and arrangement.ignore_index is None
+        and logits.dtype == real
+        and targets.dtype in wanted
+        and is_run(geometry, 0, logits)
+        and is_run(geometry, 1, targets)
+    )
 
 
 def _new_job(arrangement: Arrangement, out: Layout | None) -> tuple[NDArray[Any], Geometry]:
@@ -155,9 +156,18 @@ def _fill_output(record: Any, geometry: Geometry, out: Layout, real: str) -> Non
     record["out"]["convert"] = conversion(real, out.dtype)
 
 
+def _fill_targets(record: Any, arrangement: Arrangement, labelled: bool) -> None:
+    """Write how targets become bytes, or reals."""
+    if labelled:
+        record["classify"] = codes_kernel(arrangement.targets.dtype).address
+    else:
+        record["targets"]["convert"] = conversion(arrangement.targets.dtype, arrangement.real)
+
+
 def _fill_conversions(record: Any, arrangement: Arrangement) -> None:
-    """Write how a mask and a weight map become reals; masks of one byte are looked at as such."""
+    """Write how what else there is becomes reals; masks of one byte are looked at as such."""
     mask, weights, real = arrangement.mask, arrangement.weights, arrangement.real
+    record["logits"]["convert"] = conversion(arrangement.logits.dtype, real)
     if mask is not None and (ITEM_SIZES[mask.dtype] > 1 or arrangement.activation == "softmax"):
         record["mask"]["convert"] = conversion(mask.dtype, real)
     if weights is not None:
@@ -183,7 +193,6 @@ def _softmax_plan(arrangement: Arrangement, out: Layout | None) -> Plan:
     )
     record["has_ignore"], record["ignore_label"] = has_ignore, arrangement.ignore_index or 0
     record["load"] = tile_load_kernel(real, arrangement.indexed).address
-    record["logits"]["convert"] = conversion(logits.dtype, real)
     if not arrangement.indexed:
         record["targets"]["convert"] = conversion(targets.dtype, real)
     elif targets.dtype not in ("bool", "uint8"):
