@@ -128,11 +128,12 @@ def _raise_for_targets(
 
 def _advice(wrong: Any, metric: bool) -> str:
     """Say what is probably meant by targets that hold ``wrong``."""
-    if not abs(wrong) < MOST_LABEL:  # NaN too
+    number = float(wrong)  # float16 does not compare with large numbers
+    if not abs(number) < MOST_LABEL:  # NaN too
         return ""
-    if wrong != np.floor(wrong):
+    if number != np.floor(number):
         return "; are the arguments exchanged?"
-    if wrong < 0:
+    if number < 0:
         option = f"ignore_index={int(wrong)}"
         return f"; {option if metric else f'loss.replace({option})'} leaves such voxels out"
     return _use_positive(metric)

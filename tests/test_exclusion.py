@@ -166,7 +166,10 @@ def test_invalid_targets_are_counted_and_named(targets, message, pad):
     logits = np.zeros(targets.shape, np.float32)
     with pytest.raises(ValueError, match=message.replace("of 3", f"of {3 + pad}")) as error:
         LOSS.value_and_grad(logits, targets)
-    assert 'positive="nonzero"' in str(error.value)
+    wrong, said = float(targets[0, 0, pad + 1]), str(error.value)
+    assert ('positive="nonzero"' in said) == (wrong in (255, 2, 3))
+    assert ("ignore_index=-1" in said) == (wrong == -1)
+    assert ("arguments exchanged" in said) == (wrong in (1.5, -0.25))
     with pytest.raises(ValueError, match=message.split(" \\(")[0]):
         LOSS(logits, targets, weight_map=np.ones(targets.shape, np.float32))
 
