@@ -491,20 +491,29 @@ def test_errors_name_the_block_and_keep_what_is_done(data, tmp_path):
         statistics_per_block(fs.HardScores(layout=""), *data, track=("hard",))
 
 
+FORKED = """
+import os, sys
+import numpy as np
+from fastseg.stores import Volume
+volume, array = Volume(sys.argv[1]), np.load(sys.argv[2])
+assert np.array_equal(volume[:, :, :3], array[:, :, :3])
+children = []
+for start in range(0, 40, 10):
+    children.append(os.fork())
+    if children[-1] == 0:
+        part = np.s_[:, :, start : start + 10]
+        os._exit(0 if np.array_equal(volume[part], array[part]) else 1)
+assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+assert np.array_equal(volume[:, :, ::-1], array[:, :, ::-1])
+"""
+
+
 def test_a_compressed_volume_is_read_by_forked_processes(tmp_path):
     """Each has a place of its own in the file, though the volume was opened before."""
     array = np.random.default_rng(0).integers(0, 3, (9, 8, 40), np.uint8)
-    volume = Volume(save_nifti(tmp_path / "v.nii.gz", array))
-    assert np.array_equal(volume[:, :, :3], array[:, :, :3])
-    children = []
-    for start in range(0, 40, 10):
-        child = os.fork()
-        if child == 0:
-            part = (slice(None), slice(None), slice(start, start + 10))
-            os._exit(0 if np.array_equal(volume[part], array[part]) else 1)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
-    assert np.array_equal(volume[:, :, ::-1], array[:, :, ::-1])
+    paths = save_nifti(tmp_path / "v.nii.gz", array), save_npy(tmp_path / "v.npy", array)
+    done = subprocess.run([sys.executable, "-c", FORKED, *paths], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_lies_behind_a_compressed_volume_is_not_its(tmp_path):
