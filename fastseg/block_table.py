@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastseg.files import replacing
-from fastseg.formats import import_needed
+from fastseg.installed import check_installed
 from fastseg.losses import Loss
 from fastseg.statistics import Statistics
 
@@ -108,10 +109,11 @@ class Table:
         self._names: tuple[str, ...] = ()
         self._sums: NDArray[np.float64] | None = None
         if path is not None:
+            check_installed("a table in a file", "zarr")
             self._open()
 
     def _open(self) -> None:
-        zarr: Any = import_needed("zarr", "a table in a file")
+        zarr: Any = import_module("zarr")
         try:
             self._stored = zarr.open_array(
                 str(self._path), mode="r" if self._about is None else "r+"
@@ -181,7 +183,7 @@ class Table:
         self._stored[rows] = sums
 
     def _create(self, shape: tuple[int, ...]) -> None:
-        zarr: Any = import_needed("zarr", "a table in a file")
+        zarr: Any = import_module("zarr")
         try:
             self._stored = zarr.create_array(
                 str(self._path),
@@ -225,7 +227,8 @@ def draw_error_map(
     >>> path.stat().st_size > 0
     True
     """
-    figure_module: Any = import_needed("matplotlib.figure", "an error map")
+    check_installed("an error map", "matplotlib")
+    figure_module: Any = import_module("matplotlib.figure")
     if not 1 <= values.ndim <= 3:
         raise ValueError(f"values must have one to three axes, got shape {values.shape}")
     cube = values.reshape((1,) * (3 - values.ndim) + values.shape)

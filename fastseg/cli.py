@@ -257,10 +257,12 @@ def show_demo(out: Path, quick: bool, steps: int | None, seed: int) -> None:
     from rich.console import Console
 
     from fastseg import demo
+    from fastseg.installed import check_installed
 
-    absent = demo.missing_packages()
-    if absent:
-        _fail(f"fastseg demo needs {', '.join(absent)}: pip install {' '.join(absent)}")
+    try:
+        check_installed("fastseg demo", *demo.PACKAGES)
+    except ModuleNotFoundError as error:
+        _fail(str(error))
     out.mkdir(parents=True, exist_ok=True)  # what can fail at once does, before anything is said
     console = Console(highlight=False, markup=False)
     console.print(demo.NOTICE, style="yellow")

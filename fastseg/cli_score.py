@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastseg.blocks import draw_error_map
 from fastseg.files import write_json
-from fastseg.formats import import_needed
+from fastseg.installed import check_installed
 from fastseg.score_files import (
     Answer,
     Pair,
@@ -52,9 +52,9 @@ def run(
         if path is not None and not path.absolute().parent.is_dir():
             fail(f"{path.parent} is no directory")
     if table is not None:
-        import_needed("zarr", "--table")
+        check_installed("--table", "zarr")
     if error_map is not None:
-        import_needed("matplotlib.figure", "--error-map")
+        check_installed("--error-map", "matplotlib")
     found, warnings = pairs(pred, target, allow_missing)
     if error_map is not None and len(found) > 1:
         fail(f"--error-map is for one pair, and there are {len(found)}")
@@ -113,10 +113,9 @@ def _executor(address: str | None, fail: Callable[[str], Any]) -> Iterator[Execu
     if address is None:
         yield None
         return
-    try:
-        import distributed
-    except ImportError:
-        fail("--dask needs distributed: pip install distributed")
+    check_installed("--dask", "distributed")
+    import distributed
+
     try:
         client: Any = distributed.Client(address, timeout=10)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:

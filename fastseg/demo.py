@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,18 +66,6 @@ class Fit(NamedTuple):
         """Score the held-out slabs and write it down."""
         jaccard = score(self.logits(features.held_out), targets)["jaccard"]
         self.held_out.append((step, jaccard))
-
-
-def missing_packages() -> list[str]:
-    """Return which packages of the extra ``demo`` are not installed; none is imported."""
-
-    def is_absent(name: str) -> bool:
-        try:
-            return find_spec(name) is None
-        except (ImportError, ValueError):
-            return True
-
-    return [name for name in PACKAGES if is_absent(name)]
 
 
 def run(

@@ -99,17 +99,6 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def import_needed(module: str, what: str) -> Any:
-    """Import a module that ``what`` needs; ModuleNotFoundError says how to install it."""
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        name = module.partition(".")[0]
-        if error.name not in (module, name):
-            raise  # something that it needs itself
-        raise ModuleNotFoundError(f"{what} needs {name}: pip install {name}") from None
-
-
 def _open_npy(path: str) -> Opened:
     """Map the file anew for each part, so that no page of an earlier part counts as ours."""
 

@@ -18,7 +18,6 @@ from fastseg_kernels.constants import BASE_COLUMNS, FLOAT_DTYPES, TARGETS_AS_STO
 from fastseg_kernels.problem import Arrangement, Problem
 from fastseg_kernels.views import View
 
-MOST_LABEL = 2**63
 _INVALID, _COUNT = BASE_COLUMNS.index("invalid"), BASE_COLUMNS.index("count")
 
 
@@ -129,7 +128,7 @@ def _raise_for_targets(
 def _advice(wrong: Any, metric: bool) -> str:
     """Say what is probably meant by targets that hold ``wrong``."""
     number = float(wrong)  # float16 does not compare with large numbers
-    if not abs(number) < MOST_LABEL:  # NaN too
+    if not abs(number) < 2**63:  # NaN too
         return ""
     if number != np.floor(number):
         return "; are the arguments exchanged?"

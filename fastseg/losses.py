@@ -290,7 +290,7 @@ class Loss(Formula):
             sums, value = small(problem.addresses, view.address, grad_scale)
             if value is None:
                 raise_for_sums(problem, sums, families, view if small.kept else None)
-            if usual:
+            if usual and type(logits) is np.ndarray:
                 place = None if out is None else place_of(problem.arrangement, view.layout, "NC")
                 call = Known(small, place, library, dtype, names, backend)
                 calls.remember(logits, targets, out, call)

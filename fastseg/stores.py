@@ -11,7 +11,6 @@ import os
 import weakref
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from fastseg.formats import (
     format_of,
     one_line,
 )
+from fastseg.installed import check_installed
 
 __all__ = ["UnreadableError", "Volume", "block_shape", "blocks"]
 
@@ -81,11 +81,7 @@ class Volume:
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
         self.format = format_of(self.path)
-        absent = [name for name in NEEDS.get(self.format, ()) if not is_installed(name)]
-        if absent:
-            raise ModuleNotFoundError(
-                f"{self.path} needs {', '.join(absent)}: pip install {' '.join(absent)}"
-            )
+        check_installed(self.path, *NEEDS.get(self.format, ()))
         _ = self._opened
 
     @cached_property
@@ -187,14 +183,6 @@ class Transposed:
     def identity(self) -> list[Any]:
         """Return what changes when the file does, or the order of the axes."""
         return [*self._volume.identity(), "transposed"]
-
-
-def is_installed(module: str) -> bool:
-    try:
-        import_module(module)
-    except ModuleNotFoundError:
-        return False
-    return True
 
 
 def memory() -> int:

@@ -350,6 +350,26 @@ def test_missing_demo_extra_is_one_line() -> None:
     assert (got.returncode, got.stdout, got.stderr) == (2, "", expected)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "package"),
+    [
+        ("--table", "t.zarr", "zarr"),
+        ("--error-map", "e.png", "matplotlib"),
+        ("--dask", "tcp://127.0.0.1:1", "distributed"),
+    ],
+)
+def test_what_an_option_of_score_needs_is_asked_before_anything_is_read(
+    option: str, value: str, package: str, tmp_path: Path
+) -> None:
+    program = BLOCK.format(names={package}) + "from fastseg.cli import main; "
+    files = [str(tmp_path / name) for name in ("p.npy", "t.npy")]
+    for file in files:
+        np.save(file, np.zeros((2, 2), np.uint8))
+    got = python(program + f"main({['score', *files, option, value]})")
+    expected = f"fastseg: {option} needs {package}: pip install {package}\n"
+    assert (got.returncode, got.stdout, got.stderr) == (2, "", expected)
+
+
 def test_importing_the_command_line_imports_no_extra() -> None:
     program = "import sys, fastseg.cli; print({'typer', 'rich', 'numba'} & set(sys.modules))"
     assert python(program).stdout.strip() == "set()"
