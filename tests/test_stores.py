@@ -509,8 +509,8 @@ assert np.array_equal(volume[:, :, ::-1], array[:, :, ::-1])
 
 
 def test_a_compressed_volume_is_read_by_forked_processes(tmp_path):
-    """Each has a place of its own in the file, though the volume was opened before."""
-    array = np.random.default_rng(0).integers(0, 3, (9, 8, 40), np.uint8)
+    """Each has a place of its own in a file that is larger than what is read ahead of it."""
+    array = np.random.default_rng(0).integers(0, 256, (128, 128, 40), np.uint8)
     paths = save_nifti(tmp_path / "v.nii.gz", array), save_npy(tmp_path / "v.npy", array)
     done = subprocess.run([sys.executable, "-c", FORKED, *paths], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
